@@ -1,0 +1,243 @@
+"""Keeps one replica's adapters as the endpoint's desired state wants them: a thread, a lock, and the effects.
+
+The thread polls `desired.json` every second, asks `adapters.AdapterTable` what to do, does it (fetch from the registry,
+load into and unload from the engine) off the decode path, and publishes what came of it. Requests are counted in and out
+here. What is decided, and why, is in `adapters.py`; this file imports no Ray and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from pathlib import Path
+
+from serve.adapters import Action, AdapterTable, Fetch, Load
+from serve.desired import HEARTBEAT_EVERY_S, AdapterReport, EndpointFiles, ReplicaReport
+from serve.routing import Target
+from service.domain import ModelRef
+from service.errors import ConflictError, LorayError, StorageError
+from service.inference.engine import Engine
+from service.registry import Registry
+
+POLL_EVERY_S = 1.0
+# A request waits this long for its adapter: a cold fetch of some 100 MB from an object store, with a margin.
+LOAD_WAIT_S = 120.0
+_log = logging.getLogger(__name__)
+
+
+class AdapterSync:
+    """One replica's adapters. `admit` belongs to one event loop; `release` and `close` may be called from any thread."""
+
+    def __init__(self, engine: Engine, files: EndpointFiles, base_digest: str, replica: str, cache: Path) -> None:
+        self._engine, self._files, self._cache = engine, files, cache
+        self._registry = Registry(files.home)
+        self._base_digest, self._replica = base_digest, replica
+        self._table = AdapterTable(engine.max_columns)
+        self._lock = threading.Lock()
+        self._running = 0
+        self._wake = threading.Event()
+        self._stopping = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed = asyncio.Event()
+        self._published: ReplicaReport | None = None
+        self._thread = threading.Thread(target=self._run, name="loray-adapters", daemon=True)
+
+    def start(self) -> None:
+        """Take over the desired state once, so that the first report is a true one, then go on in the thread."""
+        self._step()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop the thread and take the report away."""
+        self._stopping = True
+        self._wake.set()
+        self._thread.join(timeout=10)
+        self._files.delete_report(self._replica)
+
+    async def admit(self, target: Target, epoch: int) -> Target:
+        """Who answers a request for `target`, counted in until `release`; waits while the adapter is loaded.
+
+        `epoch` is the desired state in which the target was found: an older one here is brought up to date first.
+        Raises what `AdapterTable.acquire` raises, and ConflictError after LOAD_WAIT_S.
+        """
+        if target.is_base:
+            with self._lock:
+                self._running += 1
+            return target
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(LOAD_WAIT_S):
+                return await self._admitted(target, epoch)
+        except TimeoutError:
+            with self._lock:
+                adapter = self._table.adapters.get(target.digest)
+                state = f"{adapter.state} {adapter.detail}".strip() if adapter else "unknown here"
+            raise ConflictError(
+                f"adapter {target.model} was not loaded within {LOAD_WAIT_S:g} s; it is {state}. "
+                "Try again, or unload others with DELETE /v1/adapters/NAME."
+            ) from None
+
+    def release(self, answering: Target) -> None:
+        """The engine has finished a request that `admit` let in."""
+        with self._lock:
+            self._running -= 1
+            if not answering.is_base:
+                self._table.release(answering.digest)
+        self._wake.set()
+
+    async def _admitted(self, target: Target, epoch: int) -> Target:
+        waiting = woken = False
+        try:
+            while True:
+                changed = self._changed  # taken before looking: a change in between is not missed
+                with self._lock:
+                    up_to_date = self._table.epoch >= epoch
+                    digest = self._table.acquire(target.digest, target.label) if up_to_date else None
+                    if digest is not None:
+                        self._running += 1
+                        return self._answering(target, digest)
+                    if up_to_date and not waiting:
+                        self._table.wait(target.digest)
+                        waiting, woken = True, False
+                if not woken:
+                    self._wake.set()
+                    woken = True
+                await changed.wait()
+        finally:
+            if waiting:
+                with self._lock:
+                    self._table.stop_waiting(target.digest)
+
+    def _answering(self, target: Target, digest: str) -> Target:
+        if digest == target.digest:
+            return target
+        return Target(self._table.adapters[digest].model, digest, target.label)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.wait(POLL_EVERY_S)
+            self._wake.clear()
+            try:
+                self._step()
+            except StorageError as error:
+                _log.warning("adapters stay as they are, the store does not answer: %s", error)
+            except Exception:
+                _log.exception("the adapters could not be brought up to date; trying again")
+
+    def _step(self) -> None:
+        desired = self._files.read()
+        with self._lock:
+            self._table.want(desired.epoch, desired.adapters)
+        self._notify()
+        while not self._stopping:
+            with self._lock:
+                action = self._table.next_action(self._engine.free_columns)
+            if action is None or not self._carry_out(action):
+                break
+            self._notify()
+        self._notify()
+        self._publish()
+
+    def _notify(self) -> None:
+        """Let waiting requests look again."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._fire)
+
+    def _fire(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _carry_out(self, action: Action) -> bool:
+        """Do it and tell the table. False: the engine is still busy with it, leave the rest for the next step."""
+        if isinstance(action, Fetch):
+            self._fetch(action)
+        elif isinstance(action, Load):
+            self._load(action.digest)
+        else:
+            try:
+                self._engine.unload_adapter(action.digest)
+            except ConflictError:
+                with self._lock:
+                    self._table.still_in_use(action.digest)
+                return False
+            with self._lock:
+                self._table.unloaded(action.digest)
+        return True
+
+    def _fetch(self, action: Fetch) -> None:
+        try:
+            ref = ModelRef.parse(action.model)
+            manifest = self._registry.manifest(ref)
+            problem = self._mismatch(action.digest, manifest.digest, manifest.base_digest)
+            if not problem:
+                self._registry.fetch(ref, self._cache)
+        except StorageError as error:
+            _log.warning("adapter %s cannot be fetched yet: %s", action.model, error)
+            with self._lock:
+                self._table.short(action.digest, f"cannot be fetched yet: {error}")
+            return
+        except LorayError as error:
+            problem = str(error)
+        with self._lock:
+            if problem:
+                self._table.refuse(action.digest, problem)
+            else:
+                self._table.fetched(action.digest, manifest.rank)
+
+    def _mismatch(self, wanted: str, found: str, base: str) -> str:
+        if wanted != found:
+            return f"its files are {found[:12]}, registered was {wanted[:12]}. DELETE it and PUT it again."
+        if base != self._base_digest:
+            return f"it was made for base model {base[:12]}, this endpoint serves {self._base_digest[:12]}."
+        return ""
+
+    def _load(self, digest: str) -> None:
+        with self._lock:
+            model = self._table.adapters[digest].model
+        try:
+            info = self._engine.load_adapter(digest, self._registry.fetch(ModelRef.parse(model), self._cache))
+        except (ConflictError, StorageError) as error:
+            with self._lock:
+                self._table.short(digest, str(error))
+        except Exception as error:
+            if not isinstance(error, LorayError):
+                _log.exception("adapter %s could not be loaded", model)
+            with self._lock:
+                self._table.refuse(digest, str(error) or type(error).__name__)
+        else:
+            with self._lock:
+                self._table.loaded(digest, info.num_columns)
+
+    def _publish(self) -> None:
+        """Write the report if it says something new, or for the heartbeat."""
+        report = self._report()
+        last = self._published
+        nothing_new = last and last.model_copy(update={"heartbeat_at": report.heartbeat_at}) == report
+        if last and nothing_new and report.heartbeat_at - last.heartbeat_at < HEARTBEAT_EVERY_S:
+            return
+        self._files.write_report(report)
+        self._published = report
+
+    def _report(self) -> ReplicaReport:
+        with self._lock:
+            adapters = {
+                a.digest: AdapterReport(
+                    model=a.model, state=a.state, detail=a.detail, running=a.running, columns=a.columns
+                )
+                for a in self._table.adapters.values()
+            }
+            serving, running, epoch = self._table.serving(), self._running, self._table.epoch
+        return ReplicaReport(
+            replica=self._replica,
+            heartbeat_at=time.time(),
+            epoch=epoch,
+            base_digest=self._base_digest,
+            running=running,
+            slots=self._engine.num_slots,
+            free_columns=self._engine.free_columns,
+            max_columns=self._engine.max_columns,
+            serving=serving,
+            adapters=adapters,
+        )

@@ -1,0 +1,254 @@
+"""The life of adapters on one replica: pure state, no I/O, no threads; the caller holds a lock and carries out actions.
+
+    registered -> cached -> resident -> draining -> gone
+                    pending (waits for columns)   refused (with the reason; until it is withdrawn)
+
+Identity is the digest: a label that now means another version is a new entry, and the old one drains by reference count.
+While the new one loads, the label's old version of the same family keeps answering. When columns are short, the least
+recently used adapter without running requests is evicted; one in use never is. `replica.py` carries out the actions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from serve.routing import Registered
+from service.domain import ModelRef
+from service.errors import ModelError, NotFoundError
+
+
+class AdapterState(StrEnum):
+    """Where an adapter is in its life on one replica."""
+
+    REGISTERED = "registered"  # known
+    CACHED = "cached"  # its files are verified on this node
+    PENDING = "pending"  # waits, mostly for columns: the reason stands beside it
+    RESIDENT = "resident"  # answers
+    DRAINING = "draining"  # withdrawn, finishing what runs
+    REFUSED = "refused"  # cannot be served: the reason stands beside it
+    GONE = "gone"
+
+
+@dataclass
+class Adapter:
+    """The facts about one adapter; its state follows from them."""
+
+    digest: str
+    model: str
+    wanted: bool = True
+    cached: bool = False
+    resident: bool = False
+    unloading: bool = False  # an Unload is being carried out: no request gets in any more
+    columns: int = 0  # needed; known once cached
+    running: int = 0
+    waiting: int = 0
+    fresh: bool = True  # PUT and not loaded since: loads without being asked for
+    since: int = 0
+    last_used: int = 0
+    refusal: str = ""
+    shortage: str = ""
+
+    @property
+    def state(self) -> AdapterState:
+        """The one word for these facts."""
+        if not self.wanted:
+            return AdapterState.DRAINING if self.resident else AdapterState.GONE
+        if self.refusal:
+            return AdapterState.REFUSED
+        if self.available:
+            return AdapterState.RESIDENT
+        if self.shortage:
+            return AdapterState.PENDING
+        return AdapterState.CACHED if self.cached else AdapterState.REGISTERED
+
+    @property
+    def available(self) -> bool:
+        """Whether a request can start on it now."""
+        return self.resident and not self.unloading
+
+    @property
+    def detail(self) -> str:
+        """Why it is refused or pending."""
+        return self.refusal or ("" if self.available else self.shortage)
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Bring the files of `model` to this node; then call `fetched` or `refuse`."""
+
+    digest: str
+    model: str
+
+
+@dataclass(frozen=True)
+class Load:
+    """Make it resident; then call `loaded`, `short` or `refuse`."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
+class Unload:
+    """Free its columns; nothing runs on it. Then call `unloaded`."""
+
+    digest: str
+
+
+Action = Fetch | Load | Unload
+
+
+class AdapterTable:
+    """All adapters of one replica. Every method is quick and raises before it changes anything."""
+
+    def __init__(self, max_columns: int) -> None:
+        self.max_columns = max_columns
+        self.epoch = -1
+        self.adapters: dict[str, Adapter] = {}
+        self._labels: dict[str, Registered] = {}
+        self._previous: dict[str, Registered] = {}  # what a label meant before, until its new version is resident
+        self._clock = 0
+
+    def want(self, epoch: int, labels: Mapping[str, Registered]) -> None:
+        """Take over a desired state, whole. Idempotent; what could not be done before may be tried again."""
+        for label, old in self._labels.items():
+            new = labels.get(label)
+            if new is not None and new.digest != old.digest and self._is_available(old.digest):
+                self._previous[label] = old
+        self.epoch, self._labels = epoch, dict(labels)
+        for entry in labels.values():
+            adapter = self.adapters.setdefault(entry.digest, Adapter(entry.digest, entry.model))
+            if entry.since > adapter.since:
+                adapter.since, adapter.refusal, adapter.fresh = entry.since, "", not adapter.resident
+        self._settle()
+
+    def acquire(self, digest: str, label: str | None) -> str | None:
+        """Count a request in and return the digest that answers it, or None: it has to wait for the load.
+
+        Raises NotFoundError if it was withdrawn, ModelError if it is refused and nothing else answers to the label.
+        """
+        adapter = self._answering(digest, label)
+        if adapter.available:
+            self._clock += 1
+            adapter.running += 1
+            adapter.last_used = self._clock
+            return adapter.digest
+        if adapter.refusal:
+            raise ModelError(f"adapter {adapter.model} is refused: {adapter.refusal}")
+        return None
+
+    def release(self, digest: str) -> None:
+        """Count a request out."""
+        self.adapters[digest].running -= 1
+        self._settle()
+
+    def wait(self, digest: str) -> None:
+        """A request waits for this adapter: it is loaded, and if columns are short an idle one makes room."""
+        self.adapters[digest].waiting += 1
+
+    def stop_waiting(self, digest: str) -> None:
+        """It waits no more: it was let in, or gave up."""
+        if digest in self.adapters:
+            self.adapters[digest].waiting = max(0, self.adapters[digest].waiting - 1)
+            self._settle()
+
+    def next_action(self, free_columns: int) -> Action | None:
+        """What to carry out now; None when nothing can be done before something changes."""
+        for adapter in self.adapters.values():
+            if adapter.state is AdapterState.DRAINING and adapter.running == 0:
+                return self._unload(adapter)
+        for adapter in self._to_load():
+            if not adapter.cached:
+                if not adapter.shortage:
+                    return Fetch(adapter.digest, adapter.model)
+                continue
+            action = self._make_room(adapter, free_columns)
+            if action:
+                return action
+        return None
+
+    def fetched(self, digest: str, columns: int) -> None:
+        """Its files are here and it needs this many columns."""
+        adapter = self.adapters[digest]
+        adapter.cached, adapter.columns = True, columns
+        if columns > self.max_columns:
+            adapter.refusal = f"it needs {columns} columns, the endpoint has {self.max_columns} (engine.lora_columns)."
+
+    def loaded(self, digest: str, columns: int) -> None:
+        """It is resident and owns this many columns; labels that mean it now flip to it."""
+        adapter = self.adapters[digest]
+        self._clock += 1
+        adapter.resident, adapter.columns, adapter.last_used = True, columns, self._clock
+        adapter.fresh, adapter.shortage = False, ""
+        self._settle()
+
+    def unloaded(self, digest: str) -> None:
+        """Its columns are free: it is evicted (cached) or, if withdrawn, gone."""
+        self.adapters[digest].resident = self.adapters[digest].unloading = False
+        self._settle()
+
+    def still_in_use(self, digest: str) -> None:
+        """The engine has not quite finished with it: the Unload did not happen and comes again."""
+        self.adapters[digest].unloading = False
+
+    def short(self, digest: str, reason: str) -> None:
+        """It cannot be fetched or loaded just now, for this reason: it is tried again after the next change or poll."""
+        self.adapters[digest].shortage = reason
+
+    def refuse(self, digest: str, reason: str) -> None:
+        """It cannot be served, for this reason, until it is withdrawn."""
+        self.adapters[digest].refusal = reason
+
+    def serving(self) -> dict[str, str]:
+        """The digest that answers to each label now; a label whose first version still loads is left out."""
+        answering = {label: self._answering(entry.digest, label) for label, entry in self._labels.items()}
+        return {label: adapter.digest for label, adapter in answering.items() if adapter.available}
+
+    def _answering(self, digest: str, label: str | None) -> Adapter:
+        adapter = self.adapters.get(digest)
+        if adapter is None or not adapter.wanted:
+            raise NotFoundError(
+                "the adapter was withdrawn while the request was on its way. GET /v1/models lists what is."
+            )
+        old = self._previous.get(label) if label else None
+        if old is None or adapter.available or not self._is_available(old.digest):
+            return adapter
+        same_family = ModelRef.parse(old.model).family == ModelRef.parse(adapter.model).family
+        return self.adapters[old.digest] if same_family else adapter
+
+    def _unload(self, adapter: Adapter) -> Unload:
+        adapter.unloading = True
+        return Unload(adapter.digest)
+
+    def _to_load(self) -> list[Adapter]:
+        """Wanted and not resident: those that requests wait for first, then new ones; never those evicted for others."""
+        absent = [a for a in self.adapters.values() if a.wanted and not a.resident and not a.refusal]
+        return sorted((a for a in absent if a.waiting or a.fresh), key=lambda a: a.waiting == 0)
+
+    def _make_room(self, adapter: Adapter, free_columns: int) -> Action | None:
+        """Load it, or evict the least recently used idle adapter if evicting can make enough room, or leave it pending."""
+        if adapter.columns <= free_columns and not adapter.shortage:
+            return Load(adapter.digest)
+        idle = sorted((a for a in self.adapters.values() if a.resident and a.running == 0), key=lambda a: a.last_used)
+        short_by = max(1, adapter.columns - free_columns)
+        if sum(a.columns for a in idle) >= short_by:
+            return self._unload(idle[0])
+        adapter.shortage = f"needs {adapter.columns} columns, {free_columns} free"
+        return None
+
+    def _settle(self) -> None:
+        """After any change: end finished swaps, mark what is wanted, forget what is gone, let the pending try again."""
+        for label, old in list(self._previous.items()):
+            entry = self._labels.get(label)
+            if entry is None or self._is_available(entry.digest) or not self._is_available(old.digest):
+                del self._previous[label]
+        kept = {entry.digest for entry in (*self._labels.values(), *self._previous.values())}
+        for digest, adapter in list(self.adapters.items()):
+            adapter.wanted = digest in kept
+            adapter.shortage = ""
+            if adapter.state is AdapterState.GONE:
+                del self.adapters[digest]
+
+    def _is_available(self, digest: str) -> bool:
+        return digest in self.adapters and self.adapters[digest].available

@@ -1,0 +1,287 @@
+"""Puts an endpoint on Ray Serve: `build` for `serve run serve.app:build model=NAME`, `start` and `stop` for Python.
+
+    url = start(load_serve("serve.yaml"), load_settings())     # http://127.0.0.1:8000, ready for requests
+
+What can be known to be wrong (config, base model, adapters, port, resources) is found before anything is deployed; what
+fails later is deleted again. It listens on loopback only: there are no API keys, so there is no option for the host.
+The two deployments are `gateway.py` and `replica.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.serve as ray_serve
+from ray.exceptions import RayError
+from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
+from ray.serve.schema import LoggingConfig
+
+from serve.desired import Base, EndpointFiles
+from serve.gateway import Gateway
+from serve.registration import default_label, registrable
+from serve.replica import EngineReplica
+from service.base_models import BUNDLED, resolve_base_model
+from service.config import ServeConfig, read_text, validated
+from service.errors import ClusterError, ConfigError, LorayError
+from service.registry import Registry
+from service.render import load_renderer
+from service.settings import Settings, load_settings
+
+HOST = "127.0.0.1"
+_PREFIX = "loray-"
+# Reservations, not limits: gateway and engine fit on a machine of 1 CPU, and PyTorch takes `engine.threads` of them.
+_GATEWAY_CPUS = 0.1
+_ENGINE_CPUS = 0.5
+_START_LIMIT_S = 1800.0  # reading a 70B model from a network disk
+_ROUTE_LIMIT_S = 60.0
+_LOOK_EVERY_S = 0.2
+_QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A config whose base model and adapters exist and fit together."""
+
+    config: ServeConfig
+    settings: Settings
+    base: Base
+    files: EndpointFiles
+
+
+def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
+    """The application of a serve config. Roots come from the environment; the port is that of the Serve it runs on."""
+    config = args if isinstance(args, ServeConfig) else validated(ServeConfig, _typed(args), "arguments")
+    prepared = prepare(config, load_settings())
+    if ray.is_initialized():
+        _check_loopback(port=None)
+    return application(prepared)
+
+
+def start(config: ServeConfig, settings: Settings) -> str:
+    """Deploy and wait until it answers; the base URL. Connects to Ray, or starts a local one, if that was not done.
+
+    Raises LorayError; nothing of the endpoint is left on the cluster then.
+    """
+    prepared = prepare(config, settings)
+    _connect()
+    _check_free(config)
+    name = f"{_PREFIX}{config.endpoint}"
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    try:
+        ray_serve.start("HeadOnly", {"host": HOST, "port": config.port}, logging_config=_QUIET)
+        target = ray_serve.RunTarget(application(prepared), name=name, route_prefix="/", logging_config=_QUIET)
+        ray_serve.run_many([target], wait_for_applications_running=False)
+        _await_running(name)
+        return _await_route(name, config.port)
+    except (RayError, RayServeException, RuntimeError, TimeoutError, KeyboardInterrupt) as error:
+        ray_serve.delete(name)
+        if isinstance(error, (LorayError, KeyboardInterrupt)):
+            raise
+        raise ClusterError(f"endpoint {config.endpoint!r} could not be deployed: {error}") from error
+
+
+def stop() -> None:
+    """Let running requests finish and take loray's endpoints off the cluster; Ray itself keeps running."""
+    if not ray.is_initialized():
+        return
+    applications = ray_serve.status().applications
+    ours = [name for name in applications if name.startswith(_PREFIX)]
+    for name in ours:
+        ray_serve.delete(name)
+    if len(ours) == len(applications):
+        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def prepare(config: ServeConfig, settings: Settings) -> Prepared:
+    """Resolve and check base model and adapters, and register the adapters as desired. Needs no Ray."""
+    resolved = resolve_base_model(config.model.id, settings.cache, config.model.revision)
+    template = config.model.chat_template
+    template = None if template is None else read_text(template, "model.chat_template")
+    base = Base(
+        name=_public_name(config.model.id),
+        source=_source(config.model.id, resolved.path),
+        revision=config.model.revision,
+        chat_template=template,
+        digest=resolved.digest,
+        renderer_digest=load_renderer(resolved.path, template).digest,
+    )
+    files = EndpointFiles(settings.home, config.endpoint)
+    _register(config, base, files)
+    return Prepared(config, settings, base, files)
+
+
+def application(prepared: Prepared) -> ray_serve.Application:
+    """The two deployments, bound. Limits are explicit: what exceeds them is answered 429, not queued for ever."""
+    config, slots = prepared.config, prepared.config.engine.slots
+    num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.replicas else 0
+    engine = ray_serve.deployment(
+        name="Engine",
+        num_replicas=config.replicas,
+        ray_actor_options={"num_cpus": _ENGINE_CPUS, "num_gpus": num_gpus},
+        max_ongoing_requests=4 * slots,  # the engine batches `slots` of them; the next are at hand when one ends
+        max_queued_requests=16 * slots,
+        graceful_shutdown_timeout_s=300,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=1,
+    )(EngineReplica)
+    gateway = ray_serve.deployment(
+        name="Gateway",
+        ray_actor_options={"num_cpus": _GATEWAY_CPUS},
+        max_ongoing_requests=10_000,
+        max_queued_requests=1_000,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        graceful_shutdown_timeout_s=300,
+        graceful_shutdown_wait_loop_s=0.5,
+        max_constructor_retry_count=1,
+    )(Gateway)
+    replicas = engine.bind(
+        prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine
+    )
+    return gateway.bind(prepared.base, prepared.files, replicas)
+
+
+def _register(config: ServeConfig, base: Base, files: EndpointFiles) -> None:
+    """Add the config's adapters to the desired state, all checked before the first is written."""
+    registry = Registry(files.home)
+    problems, wanted = [], {}
+    for model in config.adapters:
+        try:
+            label = default_label(model)
+            wanted[label] = registrable(label, model, base, registry)
+        except LorayError as error:
+            problems.append(f"  adapters: {error}")
+    if problems:
+        raise ConfigError("\n".join([f"endpoint {config.endpoint!r} cannot start with these adapters:", *problems]))
+    if wanted:
+        files.change(
+            lambda now, epoch: {**now, **{k: v.model_copy(update={"since": epoch}) for k, v in wanted.items()}}
+        )
+
+
+def _typed(args: Mapping[str, Any]) -> dict[str, Any]:
+    """`serve run` passes every value as text: whole numbers become numbers again, for the keys that are numbers."""
+    numbers = {"port", "replicas"}
+    return {k: int(v) if k in numbers and isinstance(v, str) and v.isdecimal() else v for k, v in args.items()}
+
+
+def _is_directory(name: str) -> bool:
+    return name not in BUNDLED and not name.startswith("s3://") and Path(name).expanduser().is_dir()
+
+
+def _public_name(name: str) -> str:
+    """What clients call the base: a bundled name or hub id as it is, a directory by its last part, not its path."""
+    return Path(name).expanduser().resolve().name if _is_directory(name) else name.removeprefix("s3://").rstrip("/")
+
+
+def _source(name: str, path: Path) -> str:
+    """What the replicas resolve: a relative path means nothing in their working directory."""
+    return str(path) if _is_directory(name) else name
+
+
+def _connect() -> None:
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            f"Ray cannot be reached or started: {error}. Check RAY_ADDRESS and RAY_AUTH_MODE."
+        ) from error
+
+
+def _check_free(config: ServeConfig) -> None:
+    """Port, name and CPUs, before anything is deployed."""
+    taken = [name for name in ray_serve.status().applications if name.startswith(_PREFIX)]
+    if taken:
+        raise ClusterError(
+            f"this cluster serves endpoint {taken[0].removeprefix(_PREFIX)!r} already, and it holds one endpoint. "
+            "Stop it first, or register adapters there: PUT /v1/adapters/NAME."
+        )
+    if not _check_loopback(config.port):
+        _check_port(config.port)
+    needed, total = _GATEWAY_CPUS + config.replicas * _ENGINE_CPUS, _cluster_total("CPU")
+    if total < needed:
+        raise ClusterError(
+            f"{config.replicas} replicas need {needed:g} CPUs and the cluster has {total:g}. Lower replicas."
+        )
+
+
+def _check_loopback(port: int | None) -> bool:
+    """Whether Serve runs already; ClusterError if it listens to the world, or on another port than `port`."""
+    # Serve keeps the options of whoever started it first and only warns; no public call tells them.
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return False
+    options = client.http_config
+    if options.host not in (HOST, "localhost", "::1"):
+        raise ClusterError(
+            f"Ray Serve listens on {options.host} in this cluster, and loray has no API keys yet: it serves on {HOST} only. "
+            "Shut Serve down (serve shutdown) and start it with host 127.0.0.1."
+        )
+    if port is not None and options.port != port:
+        raise ClusterError(
+            f"Ray Serve runs in this cluster already, on port {options.port}, not {port}. Set port: {options.port}."
+        )
+    return True
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ClusterError(
+                f"port {port} of {HOST} is taken: {error.strerror}. Set another port in the file."
+            ) from None
+
+
+def _cluster_total(resource: str) -> float:
+    return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
+
+
+def _await_running(name: str) -> None:
+    deadline = time.monotonic() + _START_LIMIT_S
+    while True:
+        overview = ray_serve.status().applications.get(name)
+        state = overview.status.value if overview else "NOT_STARTED"
+        if state == "RUNNING":
+            return
+        if overview and state in ("DEPLOY_FAILED", "UNHEALTHY"):
+            raise ClusterError(f"the endpoint did not start: {_cause(overview)}")
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the endpoint is still {state} after {_START_LIMIT_S:g} s: {_cause(overview)}")
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _cause(overview: Any) -> str:
+    """What Serve says about it: the deployments' own messages, which carry the constructor's error."""
+    messages = [d.message for d in overview.deployments.values() if d.message] if overview else []
+    return " ".join(messages) or (overview.message if overview else "Serve does not know it") or "no message"
+
+
+def _await_route(name: str, port: int) -> str:
+    """The base URL, once the proxy sends requests to this application."""
+    url, deadline = f"http://{HOST}:{port}", time.monotonic() + _ROUTE_LIMIT_S
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"{url}/-/routes", timeout=5) as response:
+                if name in response.read().decode():
+                    return url
+        except OSError as error:  # URLError is one: the proxy is not up yet
+            logging.getLogger(__name__).debug("%s does not answer yet: %s", url, error)
+        time.sleep(_LOOK_EVERY_S)
+    raise ClusterError(
+        f"the HTTP proxy at {url} does not know {name} after {_ROUTE_LIMIT_S:g} s. Look at `serve status`."
+    )

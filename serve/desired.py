@@ -1,0 +1,149 @@
+"""What an endpoint should serve and what its replicas do serve, as files under `LORAY_HOME/endpoints/<endpoint>/`.
+
+`desired.json` is changed by compare-and-swap (the gateway) and polled (the replicas); its epoch grows with every change.
+`replicas/<id>.json` is written by that replica alone. This is the storage edge of `serve/`: what follows from these
+values is decided in `routing.py` and `adapters.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from serve.routing import Registered
+from service import storage
+from service.errors import ConflictError, NotFoundError, StorageError
+
+HEARTBEAT_EVERY_S = 3.0
+# Five missed heartbeats: a replica that is only slow to write is not taken for dead.
+HEARTBEAT_LIMIT_S = 15.0
+_ATTEMPTS = 20
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of an endpoint, as all its processes must see it. `source` is what `resolve_base_model` takes."""
+
+    name: str
+    source: str
+    revision: str | None
+    chat_template: str | None  # its text, not its path
+    digest: str
+    renderer_digest: str
+
+
+class Desired(BaseModel):
+    """The content of `desired.json`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int = 0
+    adapters: dict[str, Registered] = {}
+
+
+class AdapterReport(BaseModel):
+    """One adapter on one replica. `state` is a word of `adapters.AdapterState`, `detail` its reason where it has one."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    state: str
+    detail: str = ""
+    running: int = 0
+    columns: int = 0
+
+
+class ReplicaReport(BaseModel):
+    """The content of `replicas/<id>.json`. `epoch` is the last desired state it has seen; adapters are by digest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    replica: str
+    heartbeat_at: float  # seconds since 1970, by the replica's clock
+    epoch: int
+    base_digest: str
+    running: int = 0
+    slots: int = 0
+    free_columns: int = 0
+    max_columns: int = 0
+    serving: dict[str, str] = {}  # label -> digest that answers to it now
+    adapters: dict[str, AdapterReport] = {}
+
+
+@dataclass(frozen=True)
+class EndpointFiles:
+    """The files of one endpoint."""
+
+    home: str
+    endpoint: str
+
+    def read(self) -> Desired:
+        """The desired state; empty, epoch 0, before anything was registered."""
+        return self._read_tagged()[0]
+
+    def change(self, edit: Callable[[Mapping[str, Registered], int], dict[str, Registered]]) -> Desired:
+        """Apply `edit(adapters, next epoch)` by compare-and-swap; once more, afresh, each time somebody else was first."""
+        for _ in range(_ATTEMPTS):
+            desired, tag = self._read_tagged()
+            adapters = edit(desired.adapters, desired.epoch + 1)
+            changed = Desired(epoch=desired.epoch + 1, adapters=adapters)
+            try:
+                storage.compare_and_swap(self._desired, changed.model_dump_json(indent=1).encode(), tag)
+            except ConflictError:
+                continue
+            return changed
+        raise ConflictError(f"{self._desired} was changed by others {_ATTEMPTS} times in a row. Try again.")
+
+    def write_report(self, report: ReplicaReport) -> None:
+        """Publish a replica's own state."""
+        storage.write_bytes(self._report(report.replica), report.model_dump_json().encode())
+
+    def delete_report(self, replica: str) -> None:
+        """A replica that ends takes its state away; one that was killed leaves a heartbeat that stops."""
+        storage.delete_tree(self._report(replica))
+
+    def reports(self) -> list[ReplicaReport]:
+        """Every replica's last state, the dead ones' too."""
+        directory = storage.join(self.home, "endpoints", self.endpoint, "replicas")
+        found = []
+        for name in storage.list_names(directory):
+            try:
+                found.append(_parsed(ReplicaReport, storage.read_bytes(storage.join(directory, name)), name))
+            except NotFoundError:
+                continue  # ended between listing and reading
+        return found
+
+    def live_reports(self, now_s: float) -> list[ReplicaReport]:
+        """The state of the replicas whose heart still beats."""
+        return [r for r in self.reports() if now_s - r.heartbeat_at < HEARTBEAT_LIMIT_S]
+
+    @property
+    def _desired(self) -> str:
+        return storage.join(self.home, "endpoints", self.endpoint, "desired.json")
+
+    def _report(self, replica: str) -> str:
+        return storage.join(self.home, "endpoints", self.endpoint, "replicas", f"{replica}.json")
+
+    def _read_tagged(self) -> tuple[Desired, str | None]:
+        try:
+            data, tag = storage.read_tagged(self._desired)
+        except NotFoundError:
+            return Desired(), None
+        return _parsed(Desired, data, self._desired), tag
+
+
+ContentT = TypeVar("ContentT", bound=BaseModel)
+
+
+def _parsed(model: type[ContentT], data: bytes, name: str) -> ContentT:
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise StorageError(
+            f"{name} is no {model.__name__}: {problem['msg']} at {'.'.join(map(str, problem['loc'])) or 'the top'}. "
+            "Delete it and register the adapters again."
+        ) from None

@@ -1,0 +1,196 @@
+"""All HTTP of an endpoint: a Ray Serve ingress that unpacks a request, makes one call, and answers in OpenAI's shapes.
+
+It holds no model. Bodies are checked in `openai_api.py`, names resolved in `routing.py`, adapters changed by writing the
+desired state (`desired.py`), answers made by the engine deployment (`replica.py`). Errors become answers in
+`http_errors.py` and nowhere else. It listens where `app.py` says: on loopback.
+"""
+
+# No `from __future__ import annotations`: ray_serve.ingress rebuilds these methods, and FastAPI must see real types.
+import asyncio
+import logging
+import secrets
+import time
+from typing import Any
+
+import ray.serve as ray_serve
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from serve import endpoint_state, http_body
+from serve.chunks import completion, events
+from serve.desired import Base, Desired, EndpointFiles
+from serve.http_errors import HANDLERS
+from serve.openai_answers import Answer, models_body
+from serve.openai_api import parse_chat, parse_object
+from serve.registration import registrable
+from serve.replica import Started
+from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
+from service.domain import ModelRef
+from service.errors import ClusterError, ModelError, NotFoundError, RequestError, StorageError
+from service.registry import Registry
+
+ROUTES_AGE_S = 1.0
+_WAIT_EVERY_S = 0.1
+_log = logging.getLogger(__name__)
+# `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
+http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
+
+
+@ray_serve.ingress(http)
+class Gateway:
+    """One replica of it is enough: it only moves bytes."""
+
+    def __init__(self, base: Base, files: EndpointFiles, engine: Any) -> None:
+        self._base, self._files = base, files
+        self._registry = Registry(files.home)
+        self._engine = engine.options(stream=True)
+        self._created = int(time.time())
+        self._known: tuple[Routes, int] | None = None
+        self._known_at = 0.0
+        self._refreshing = asyncio.Lock()
+
+    @http.get("/healthz")
+    async def healthz(self) -> Response:
+        """200 while at least one replica's heart beats."""
+        live = await asyncio.to_thread(self._files.live_reports, time.time())
+        if not live:
+            raise ClusterError(
+                "no replica of the engine is alive. It may be starting: try again, then look at its logs."
+            )
+        return JSONResponse({"status": "ok", "base_model": self._base.name, "replicas": len(live)})
+
+    @http.get("/v1/models")
+    async def models(self) -> Response:
+        """Every name that answers."""
+        routes, _ = await self._routes(0.0)
+        return JSONResponse(models_body(routes.names(), self._created))
+
+    @http.post("/v1/chat/completions")
+    async def chat(self, request: Request) -> Response:
+        """One answer, streamed or whole."""
+        chat = parse_chat(await http_body.read(request))
+        headers = http_body.ignored(request, chat.ignored)
+        target, epoch = await self._target(chat.model)
+        stream = self._engine.generate.remote(chat, target, epoch)
+        try:
+            started: Started = await anext(stream)
+        except BaseException:
+            stream.cancel()
+            raise
+        answer = Answer(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), started.model, started.digest)
+        if chat.stream:
+            body = events(stream, chat, answer, started.num_prompt_tokens)
+            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+        return JSONResponse(await completion(stream, answer, started.num_prompt_tokens), headers=headers)
+
+    @http.get("/v1/adapters")
+    async def adapters(self) -> Response:
+        """Every registered adapter with its state on every live replica, and those that drain."""
+        return JSONResponse(endpoint_state.adapters_body(*await asyncio.to_thread(self._state)))
+
+    @http.put("/v1/adapters/{name:path}")
+    async def put_adapter(self, name: str, request: Request) -> Response:
+        """Register a Model under a name, or swap what the name means."""
+        body = parse_object(await http_body.read(request))
+        headers = http_body.ignored(request, sorted(set(body) - {"model"}))
+        timeout_s = http_body.wait_timeout_s(request)
+        model = body.get("model")
+        if not isinstance(model, str):
+            raise RequestError('model: must be a registered model such as "tickets@1".', "model")
+        entry = await asyncio.to_thread(registrable, name, model, self._base, self._registry)
+        before, desired = await asyncio.to_thread(self._register, name, entry)
+        self._known = None
+        if timeout_s is not None:
+            await self._wait_resident(name, before, desired, timeout_s)
+        state = endpoint_state.adapters_body(*await asyncio.to_thread(self._state))
+        mine = next((a for a in state["data"] if a["name"] == name), None)
+        if mine is None:
+            raise NotFoundError(f"adapter {name!r} was deleted by somebody else meanwhile. PUT it again.")
+        return JSONResponse(mine, status_code=200 if mine["state"] == "resident" else 202, headers=headers)
+
+    @http.delete("/v1/adapters/{name:path}")
+    async def delete_adapter(self, name: str) -> Response:
+        """Withdraw a name: new requests get 404 at once, running ones finish."""
+        gone: dict[str, Registered] = {}
+
+        def without(adapters: Any, epoch: int) -> dict[str, Registered]:
+            if name not in adapters:
+                known = ", ".join(sorted(adapters)) or "none"
+                raise NotFoundError(f"no adapter is registered as {name!r}. Registered: {known}.")
+            gone["entry"] = adapters[name]
+            return {label: entry for label, entry in adapters.items() if label != name}
+
+        await asyncio.to_thread(self._files.change, without)
+        self._known = None
+        return JSONResponse({"object": "adapter", "name": name, "model": gone["entry"].model, "deleted": True})
+
+    def _register(self, name: str, entry: Registered) -> tuple[Registered | None, Desired]:
+        before: list[Registered | None] = []
+
+        def with_entry(adapters: Any, epoch: int) -> dict[str, Registered]:
+            before[:] = [adapters.get(name)]
+            return {**adapters, name: entry.model_copy(update={"since": epoch})}
+
+        desired = self._files.change(with_entry)
+        return before[0], desired
+
+    async def _wait_resident(self, name: str, before: Registered | None, desired: Desired, timeout_s: float) -> None:
+        """Until every live replica has it resident; a refusal takes the registration back and is raised."""
+        entry, deadline = desired.adapters[name], time.monotonic() + timeout_s
+        while True:
+            reports = await asyncio.to_thread(self._files.live_reports, time.time())
+            seen = [r.adapters.get(entry.digest) for r in reports if r.epoch >= desired.epoch]
+            states = [report.state if report else "registered" for report in seen]
+            reason = next((report.detail for report in seen if report and report.state == "refused"), None)
+            if reason is not None:
+                await asyncio.to_thread(self._take_back, name, entry, before)
+                raise ModelError(f"{entry.model} cannot be served as {name!r}: {reason}")
+            if reports and len(states) == len(reports) and set(states) == {"resident"}:
+                return
+            if time.monotonic() > deadline:
+                shown = "; ".join(f"{r.state} {r.detail}".strip() for r in seen if r) or "seen by no replica yet"
+                raise TimeoutError(
+                    f"adapter {name!r} is not resident after {timeout_s:g} s: {shown}. It stays registered."
+                )
+            await asyncio.sleep(_WAIT_EVERY_S)
+
+    def _take_back(self, name: str, entry: Registered, before: Registered | None) -> None:
+        def restored(adapters: Any, epoch: int) -> dict[str, Registered]:
+            if adapters.get(name) != entry:
+                return dict(adapters)  # somebody else has changed it since
+            others = {label: other for label, other in adapters.items() if label != name}
+            return {**others, name: before} if before else others
+
+        self._files.change(restored)
+        self._known = None
+
+    def _state(self) -> tuple[Desired, list[Any]]:
+        return self._files.read(), self._files.live_reports(time.time())
+
+    async def _target(self, name: str) -> tuple[Target, int]:
+        """Who answers to `name`, and the epoch that says so. A name not known yet is looked up afresh before it is 404."""
+        routes, epoch = await self._routes(ROUTES_AGE_S)
+        try:
+            return resolve(name, routes), epoch
+        except UnknownModelError:
+            routes, epoch = await self._routes(0.0)
+            return resolve(name, routes), epoch
+
+    async def _routes(self, age_s: float) -> tuple[Routes, int]:
+        """What is registered, at most `age_s` old; older, with a word in the log, while the store does not answer."""
+        async with self._refreshing:
+            if self._known is None or time.monotonic() - self._known_at >= age_s:
+                try:
+                    self._known = await asyncio.to_thread(self._read_routes)
+                except StorageError as error:
+                    if self._known is None:
+                        raise
+                    _log.warning("answering from the last known adapters, the store does not answer: %s", error)
+                self._known_at = time.monotonic()
+            return self._known
+
+    def _read_routes(self) -> tuple[Routes, int]:
+        desired = self._files.read()
+        families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values()}
+        aliases = {family: self._registry.aliases(family) for family in families}
+        return Routes(self._base.name, self._base.digest, desired.adapters, aliases), desired.epoch

@@ -1,0 +1,63 @@
+"""The outside of a request: its body within limits, its `x-loray-*` headers, its query. Knows Starlette, nothing of models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from serve.openai_answers import ignored_header
+from service.errors import RequestError
+
+MAX_BODY_BYTES = 4 * 2**20
+_WAIT_S = 60.0
+_LONGEST_WAIT_S = 3600.0
+
+
+async def read(request: Request) -> bytes:
+    """The body. 415 unless it is JSON, 413 beyond MAX_BODY_BYTES, without reading further."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise HTTPException(415, f"the body is {kind or 'of no declared type'}. Send content-type: application/json.")
+    body = bytearray()
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MAX_BODY_BYTES:
+            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes, the most this endpoint takes.")
+    return bytes(body)
+
+
+def ignored(request: Request, names: Sequence[str]) -> dict[str, str]:
+    """The header that names what is ignored, query included; with `x-loray-strict: true` an error instead."""
+    names = [*names, *(f"?{name}" for name in sorted(set(request.query_params) - {"wait", "timeout"}))]
+    strict = request.headers.get("x-loray-strict", "false").strip().lower()
+    if strict not in ("true", "false"):
+        raise RequestError(f"x-loray-strict is {strict!r} and must be true or false.", "x-loray-strict")
+    if not names:
+        return {}
+    if strict == "true":
+        raise RequestError(
+            f"unknown fields: {ignored_header(names)}. Leave them out, or leave x-loray-strict out to have them ignored.",
+            names[0],
+        )
+    return {"x-loray-ignored": ignored_header(names)}
+
+
+def wait_timeout_s(request: Request) -> float | None:
+    """How long `?wait=resident&timeout=60` is to wait; None = not at all."""
+    wait, given = request.query_params.get("wait"), request.query_params.get("timeout")
+    if wait not in (None, "resident"):
+        raise RequestError(f"wait: {wait!r} is unknown. Write ?wait=resident, or leave it out.", "wait")
+    if given is None:
+        return _WAIT_S if wait else None
+    if wait is None:
+        raise RequestError("timeout: nothing is waited for. Write ?wait=resident&timeout=60.", "timeout")
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s <= _LONGEST_WAIT_S:
+        raise RequestError(f"timeout: {given!r} must be seconds above 0, at most {_LONGEST_WAIT_S:g}.", "timeout")
+    return timeout_s

@@ -1,0 +1,50 @@
+"""Errors, from whatever process they come, as HTTP answers: OpenAI's shape, a status, and a log line where nobody expected it.
+
+The statuses of loray's own errors are in `openai_answers.error_answer`; here Ray's and Starlette's join them.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from serve.openai_answers import error_answer, error_body
+from service.errors import ClusterError, LorayError, StorageError
+
+_log = logging.getLogger(__name__)
+
+
+def answer_to(error: BaseException) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error; one nobody expected is logged under the id that the body names."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    if isinstance(error, BackPressureError):
+        return 429, error_body("the endpoint is full. Try again in a second.", "rate_limit_error")
+    if isinstance(error, HTTPException):
+        return error.status_code, error_body(str(error.detail), "invalid_request_error")
+    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
+        error = ClusterError("the engine is down or being replaced. Try again in some seconds.")
+    error_id = f"err-{secrets.token_hex(6)}"
+    status, body = error_answer(error, error_id)
+    if status >= 500 and not isinstance(error, (StorageError, ClusterError, TimeoutError)):
+        _log.error("%s: unexpected error", error_id, exc_info=error)
+    return status, body
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """The exception handler of every route."""
+    status, body = answer_to(error)
+    headers = {"retry-after": "1"} if status in (429, 503) else {}
+    return JSONResponse(body, status_code=status, headers={**headers, **(getattr(error, "headers", None) or {})})
+
+
+HANDLERS: dict[Any, Any] = dict.fromkeys(
+    (LorayError, TimeoutError, RayServeException, RayActorError, RayTaskError, HTTPException, Exception), on_error
+)

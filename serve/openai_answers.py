@@ -1,0 +1,128 @@
+"""What goes back over HTTP, in OpenAI's shapes: completions, stream chunks, model lists, and every error.
+
+Pure. `error_answer` is the one place where an error of `service/errors.py` becomes a status; `gateway.py` only sends it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from serve.routing import UnknownModelError
+from service.errors import (
+    ClusterError,
+    ConfigError,
+    ConflictError,
+    LorayError,
+    ModelError,
+    NotFoundError,
+    RequestError,
+    StorageError,
+)
+
+DONE = "data: [DONE]\n\n"
+
+# A ModelError is the caller's choice of adapter, not a body we cannot parse, which would speak for 422. It is 400 all the
+# same: OpenAI answers every refused request with 400, and its clients have one exception (BadRequestError) for it.
+_STATUSES: tuple[tuple[type[BaseException], int, str], ...] = (
+    (RequestError, 400, "invalid_request_error"),
+    (ConfigError, 400, "invalid_request_error"),
+    (ModelError, 400, "invalid_request_error"),
+    (NotFoundError, 404, "not_found_error"),
+    (ConflictError, 409, "conflict_error"),
+    (StorageError, 503, "service_unavailable_error"),
+    (ClusterError, 503, "service_unavailable_error"),
+    (TimeoutError, 504, "timeout_error"),
+)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+    def body(self) -> dict[str, int]:
+        """OpenAI's `usage`."""
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+        }
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Who answers one request: what every body about it carries. `model` is the real one, `digest` its identity."""
+
+    id: str
+    created: int
+    model: str
+    digest: str
+
+    def completion(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
+        """The whole answer, not streamed."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": usage.body()}
+
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, *, with_usage: bool = False) -> str:
+        """One server-sent event. With include_usage every chunk but the last carries `usage: null`."""
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if with_usage else {}
+        return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+
+    def usage_chunk(self, usage: Usage) -> str:
+        """The event before [DONE] that include_usage asks for: no choices, the counts."""
+        return event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage.body()})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "loray": {"model_digest": self.digest},
+        }
+
+
+def event(body: dict[str, Any]) -> str:
+    """`body` as a server-sent event."""
+    return f"data: {json.dumps(body)}\n\n"
+
+
+def models_body(names: Sequence[tuple[str, str]], created: int) -> dict[str, Any]:
+    """OpenAI's model list, of (name, digest)."""
+    data = [
+        {"id": name, "object": "model", "created": created, "owned_by": "loray", "loray": {"model_digest": digest}}
+        for name, digest in names
+    ]
+    return {"object": "list", "data": data}
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """OpenAI's error shape."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_answer(error: BaseException, error_id: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of an error. One that is not ours answers 500 with `error_id`, under which it is logged."""
+    for known, status, kind in _STATUSES:
+        if isinstance(error, known):
+            param = error.param if isinstance(error, RequestError) else None
+            if isinstance(error, UnknownModelError):
+                return status, error_body(str(error), kind, "model", "model_not_found")
+            return status, error_body(str(error), kind, param)
+    if isinstance(error, LorayError):
+        return 500, error_body(str(error), "server_error", code=error_id)
+    message = f"An error inside the server, logged there under {error_id}. Report it with this id."
+    return 500, error_body(message, "server_error", code=error_id)
+
+
+def ignored_header(names: Sequence[str]) -> str:
+    """The value of `x-loray-ignored`: names as printable ASCII, at most 1000 characters."""
+    text = ", ".join(json.dumps(name)[1:-1] for name in names)
+    return text if len(text) <= 1000 else f"{text[:980]}... ({len(names)})"

@@ -1,0 +1,171 @@
+"""The command line, `loray`: reads arguments, calls one thing, prints the answer. `--help` imports no torch and no Ray.
+
+Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about models in
+`models.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message and an exit code:
+2 for wrong input, 1 for what failed.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from service.cli import models, runs
+from service.cli.terminal import console, print_json
+from service.errors import ConfigError, LorayError
+
+app = typer.Typer(
+    name="loray",
+    help="Fine-tune language models, and serve the results, on one Ray cluster.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(runs.app, name="runs")
+app.add_typer(models.app, name="models")
+
+RunFile = Annotated[str, typer.Argument(help="a YAML run file", metavar="RUN.YAML")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override one field, by dotted name")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+Address = Annotated[str | None, typer.Option(help="a Ray dashboard, http://host:8265; this machine unless given")]
+
+
+@app.command()
+def plan(run_file: RunFile, overrides: Overrides = [], json: Json = False) -> None:  # noqa: B006 - typer copies it
+    """Show what a run would do: config, data card, steps, parameters, bytes per worker. Trains nothing."""
+    from service.cli.planned import plan_tables
+    from service.config import load_run
+    from service.settings import load_settings
+    from service.training.plan import make_run_plan
+
+    resolved = load_run(run_file, overrides)
+    run_plan, _ = make_run_plan(resolved, load_settings())
+    if json:
+        print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json()})
+        return
+    for table in plan_tables(resolved, run_plan):
+        console.print(table)
+
+
+@app.command()
+def train(
+    run_file: Annotated[str, typer.Argument(help="a YAML run file; with --resume a run's id, or latest")],
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    resume: Annotated[bool, typer.Option("--resume", help="go on with a run from its newest checkpoint")] = False,
+    detach: Annotated[bool, typer.Option("-d", "--detach", help="return at once; the run goes on")] = False,
+    address: Address = None,
+) -> None:
+    """Train a run file, here or on a cluster; check and publish the result."""
+    from service.cli import training
+
+    if resume and overrides:
+        raise ConfigError("--set cannot go with --resume: a run goes on with its own config. Start a new run instead.")
+    if address:
+        training.train_on_cluster(run_file, overrides, address, resume=resume, detach=detach)
+    elif detach:
+        training.train_detached(run_file, overrides, resume=resume)
+    else:
+        training.train_here(run_file, overrides, resume=resume)
+
+
+@app.command()
+def serve(serve_file: Annotated[str, typer.Argument(help="a YAML serve file", metavar="SERVE.YAML")]) -> None:
+    """Serve a base model and its adapters over HTTP on this machine, until Ctrl-C."""
+    import signal
+    import threading
+
+    from service import launcher
+    from service.config import load_serve
+    from service.settings import load_settings
+
+    config, settings = load_serve(serve_file), load_settings()
+    launcher.use_token_authentication()
+    from serve import app as serve_app
+
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    console.print(f"Loading {config.model.id} ...", highlight=False)
+    launcher.connect()
+    for number in (signal.SIGTERM, signal.SIGINT):  # Ray takes SIGTERM when it connects
+        signal.signal(number, lambda *_: stopping.set())
+    try:
+        url = serve_app.start(config, settings)
+        console.print(f"Serving [bold]{config.model.id}[/] at {url}/v1  (Ctrl-C stops)", highlight=False)
+        stopping.wait()
+        console.print("Stopping ...")
+    finally:
+        serve_app.stop()
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="a published model, for example tickets@1")],
+    max_tokens: Annotated[int, typer.Option(help="tokens of an answer at most")] = 256,
+) -> None:
+    """Talk to a published model in this process: a line in, an answer out; end with Ctrl-D."""
+    from service.cli.talk import chat_lines
+
+    chat_lines(model, max_tokens, sys.stdin)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a published model, for example tickets@1")],
+    data: Annotated[str, typer.Option(help="a data file with prompts and their reference answers")],
+    base_system: Annotated[Path | None, typer.Option(help="a text file: the system prompt for the base only")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
+    show: Annotated[int, typer.Option(min=0, help="answers to show side by side")] = 3,
+    json: Json = False,
+) -> None:
+    """Score a model's answers on a data file, its base beside it."""
+    from service.config import read_text
+    from service.domain import ModelRef
+    from service.evaluation import answers
+    from service.settings import load_settings
+
+    ref = ModelRef.parse(model)
+    system = read_text(str(base_system), "--base-system").strip() if base_system else None
+    comparison = answers.compare(ref, data, load_settings(), base_system=system, limit=limit)
+    if json:
+        scores = {"base": comparison.base.as_metrics(), "tuned": comparison.tuned.as_metrics()}
+        print_json({"model": comparison.model, "prompts": len(comparison.rows), **scores})
+        return
+    if show:
+        console.print(answers.side_by_side(comparison, show))
+    console.print(answers.summary(comparison), markup=False, highlight=False)
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
+    json: Json = False,
+) -> None:
+    """Delete what interrupted publishers left behind. Readers never see it; it only takes space."""
+    from service.cli.garbage import collect
+    from service.settings import load_settings
+
+    found = collect(load_settings(), delete=not dry_run)
+    if json:
+        print_json([{"uri": uri, "reason": reason, "deleted": not dry_run} for uri, reason in found])
+        return
+    for uri, reason in found:
+        console.print(f"{'would delete' if dry_run else 'deleted'} {uri}: {reason}", soft_wrap=True, highlight=False)
+    if not found:
+        console.print("Nothing to collect.")
+
+
+def main() -> None:
+    """The console script: loray's own errors become a message and an exit code, everything else is a bug and shows."""
+    try:
+        app()
+    except LorayError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(2 if isinstance(error, (ValueError, LookupError)) else 1)
+
+
+if __name__ == "__main__":
+    main()

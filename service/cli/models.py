@@ -1,0 +1,88 @@
+"""`loray models ...`: the registry's versions and aliases. What they mean is in `service/registry.py`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from service.cli.terminal import console, print_json
+from service.domain import ModelRef
+from service.errors import ConfigError
+from service.registry import Registry
+from service.settings import load_settings
+
+app = typer.Typer(help="List, show, alias and delete published models.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
+
+
+def _registry() -> Registry:
+    return Registry(load_settings().home)
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """All models with their versions and aliases."""
+    from rich.table import Table
+
+    registry = _registry()
+    rows = [
+        {"model": family, "versions": registry.versions(family), "aliases": registry.aliases(family)}
+        for family in registry.models()
+    ]
+    if json:
+        print_json(rows)
+        return
+    table = Table("model", "versions", "aliases")
+    for family in registry.models():
+        aliases = ", ".join(f"{name} -> {version}" for name, version in registry.aliases(family).items())
+        table.add_row(family, ", ".join(map(str, registry.versions(family))), aliases)
+    console.print(table if rows else "No models yet. A run with `publish: NAME` makes one.")
+
+
+@app.command()
+def show(model: str, json: Json = False) -> None:
+    """One version's manifest: digests, base, data, metrics, the run it came from."""
+    manifest = _registry().manifest(ModelRef.parse(model))
+    if json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    console.print(
+        f"[bold]{manifest.ref}[/]  {manifest.kind}, sha256 {manifest.digest}", highlight=False, soft_wrap=True
+    )
+    fields = manifest.model_dump(mode="json", exclude={"ref", "kind", "digest", "config", "files", "manifest_schema"})
+    for name, value in fields.items():
+        console.print(f"  {name}: {value}", highlight=False, soft_wrap=True)
+    for name, entry in manifest.files.items():
+        console.print(f"  {name}: {entry.bytes:,} bytes", highlight=False)
+
+
+@app.command()
+def alias(
+    pointer: Annotated[str, typer.Argument(metavar="NAME@ALIAS", help="for example tickets@production")],
+    version: Annotated[int | None, typer.Argument(min=1, help="the version it shall point to")] = None,
+    delete: Annotated[bool, typer.Option("--delete", help="remove the alias")] = False,
+) -> None:
+    """Move an alias to a version, or remove it."""
+    ref = ModelRef.parse(pointer)
+    if ref.alias is None:
+        raise ConfigError(f"{pointer!r} names no alias. Write for example: loray models alias tickets@production 3")
+    if delete == (version is not None):
+        raise ConfigError("give either a version to point to, or --delete.")
+    if version is None:
+        _registry().delete_alias(ref.family, ref.alias)
+        console.print(f"{ref} is gone.", highlight=False)
+    else:
+        _registry().set_alias(ref.family, ref.alias, version)
+        console.print(f"{ref} -> {ref.at(version)}", highlight=False)
+
+
+@app.command()
+def delete(model: Annotated[str, typer.Argument(metavar="NAME@VERSION")]) -> None:
+    """Delete a version. Refused while an alias or an endpoint points at it."""
+    ref = ModelRef.parse(model)
+    if ref.version is None:
+        raise ConfigError(f"{model!r} names no version. Write for example: loray models delete tickets@3")
+    _registry().delete(ref)
+    console.print(f"{ref} is deleted. Its number is not used again.", highlight=False)

@@ -1,0 +1,132 @@
+"""Starting and following runs: in this process, in one of its own (`-d`), or as a Ray job on a cluster (`--address`)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from service import launcher
+from service.cli.terminal import console
+from service.config import ResolvedRun, load_run, run_from_json
+from service.domain import RunState
+from service.errors import ClusterError, NotFoundError, TrainingError
+from service.runs import Run, new_id
+from service.settings import Settings, load_settings
+
+FORWARDED = ("LORAY_HOME", "LORAY_CACHE", "HF_HUB_OFFLINE")  # never credentials: job environments can be read by all
+ENDED = (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED, RunState.LOST)
+START_LIMIT_S = 120.0
+
+
+def train_here(run_file: str, overrides: Sequence[str], *, resume: bool) -> None:
+    """Train in this process, on the cluster of RAY_ADDRESS or a Ray of its own."""
+    settings = load_settings()
+    resolved, run = _resolved(run_file, overrides, settings, resume=resume)
+    from service.training.driver import train_run
+
+    train_run(resolved, settings, console, resume=run)
+
+
+def train_detached(run_file: str, overrides: Sequence[str], *, resume: bool) -> None:
+    """Start `python -m jobs.train` in a session of its own, wait until its run exists, and say how to follow it."""
+    settings = load_settings()
+    resolved, run = _resolved(run_file, overrides, settings, resume=resume)
+    from service.training.driver import run_name
+
+    run_id = run.id if run else new_id(settings.home, run_name(resolved))
+    sets = [part for override in overrides for part in ("--set", override)]
+    what = ["--resume", run_id] if run else [run_file, *sets, "--run-id", run_id]
+    log = Path(tempfile.mkdtemp(prefix="loray-")) / "driver.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.train", *what], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    _await_start(Run(settings.home, run_id), process, log)
+    console.print(f"Run {run_id} goes on in process {process.pid}; it prints to {log}", highlight=False, soft_wrap=True)
+    console.print(f"Follow it: loray runs attach {run_id}    Stop it: loray runs stop {run_id}", highlight=False)
+
+
+def train_on_cluster(run_file: str, overrides: Sequence[str], address: str, *, resume: bool, detach: bool) -> None:
+    """Submit the run as a Ray job and follow its log; Ctrl-C detaches."""
+    settings = load_settings()
+    resolved, run = _resolved(run_file, overrides, settings, resume=resume)
+    from service.training.driver import run_name
+
+    run_id = run.id if run else new_id(settings.home, run_name(resolved))
+    env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
+    launcher.submit(resolved, run_id, address, env_vars, resume=resume)
+    console.print(f"Submitted run {run_id} to {address}", highlight=False)
+    if detach:
+        console.print(f"Follow it: {_attach_command(run_id, address)}", highlight=False)
+    else:
+        follow_job(run_id, address)
+
+
+def follow_job(run_id: str, address: str) -> None:
+    """Print the newest Ray job of a run until it ends. Raises TrainingError when it failed."""
+    client = launcher.job_client(address)
+    job_id = launcher.newest_job(client, run_id)
+    try:
+        status, message = launcher.follow(client, job_id, lambda text: console.print(text, end="", markup=False))
+    except KeyboardInterrupt:
+        console.print(f"\nDetached; the run goes on. Attach again: {_attach_command(run_id, address)}", highlight=False)
+        return
+    if status == "FAILED":
+        raise TrainingError(f"job {job_id} ended {status}: {message}")
+    console.print(f"Job {job_id} ended {status}.", highlight=False)
+
+
+def follow_run(run: Run) -> None:
+    """Show a run's progress from its directory until it ends. Ctrl-C leaves it running. Raises TrainingError if it failed."""
+    from service.training.progress import ProgressView
+
+    num_steps = int(run.status().details.get("num_steps", 0))
+    try:
+        with ProgressView(run, num_steps, console) as view:
+            while (status := run.status()).state not in ENDED:
+                view.poll()
+                time.sleep(0.5)
+    except KeyboardInterrupt:
+        console.print(f"\nDetached; the run goes on. Attach again: loray runs attach {run.id}", highlight=False)
+        return
+    if status.state in (RunState.FAILED, RunState.LOST):
+        raise TrainingError(f"run {run.id} is {status.state}: {status.message}")
+    console.print(f"Run {run.id} {status.state}. {status.message}", highlight=False, soft_wrap=True)
+
+
+def _resolved(
+    run_file: str, overrides: Sequence[str], settings: Settings, *, resume: bool
+) -> tuple[ResolvedRun, Run | None]:
+    """The config to train: from the file, or with `resume` from the run (an id, latest, or the file it was made from)."""
+    if not resume:
+        return load_run(run_file, overrides), None
+    from service.training.driver import newest_run_of, reopen
+
+    run_id = newest_run_of(settings.home, run_file) if Path(run_file).is_file() else run_file
+    run = reopen(settings.home, run_id)
+    return run_from_json(run.resolved(), run.run_yaml()), run
+
+
+def _await_start(run: Run, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the detached driver has marked its run as running, or died with a reason."""
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        with suppress(NotFoundError):  # it has not made the run's directory yet
+            if run.status().state is RunState.RUNNING:
+                return
+        if process.poll() is not None:
+            raise TrainingError(f"the run did not start:\n{log.read_text()[-2000:]}")
+        time.sleep(0.1)
+    process.terminate()
+    raise ClusterError(f"the run did not start within {START_LIMIT_S:.0f} s; it printed to {log}.")
+
+
+def _attach_command(run_id: str, address: str) -> str:
+    return f"loray runs attach {run_id} --address {address}"

@@ -1,0 +1,142 @@
+"""A model's own answers to held-out prompts, by the engine that serves it, and their scores beside the base's.
+
+    comparison = compare(registry.resolve(ModelRef.parse("tickets@1")), "eval.jsonl", settings)
+
+Greedy decoding. The prompts are the rows' messages before the last assistant's turn, that turn is the reference. The base
+may be given a system prompt of its own (`base_system`), so that it knows what the tuned model has learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from service.base_models import resolve_base_model
+from service.config import RunConfig
+from service.data.formats import Row, read_rows
+from service.domain import ModelRef
+from service.errors import ModelError
+from service.evaluation.task import TaskScores, score_json
+from service.inference.engine import GenerationRequest, SamplingParams
+from service.inference.torch_engine import TorchEngine
+from service.registry import Registry
+from service.render import Message, Renderer
+from service.settings import Settings
+from service.training.plan import renderer_for
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Answers of the base and of the tuned model to the same prompts, with their scores."""
+
+    model: str
+    rows: list[Row]
+    base_answers: list[str]
+    tuned_answers: list[str]
+    base: TaskScores
+    tuned: TaskScores
+
+
+class LoadedModel:
+    """A published adapter on its base, in this process, ready to answer."""
+
+    def __init__(self, ref: ModelRef, settings: Settings, *, slots: int = 16) -> None:
+        import torch
+
+        registry = Registry(settings.home)
+        self.manifest = registry.manifest(ref)
+        config = RunConfig.model_validate(self.manifest.config)
+        base = resolve_base_model(config.model.id, settings.cache, config.model.revision)
+        if base.digest != self.manifest.base_digest:
+            raise ModelError(
+                f"{self.manifest.ref} was trained on a base with sha256 {self.manifest.base_digest[:12]}, "
+                f"{config.model.id} is now {base.digest[:12]}. Restore the base it was trained on."
+            )
+        self.renderer: Renderer = renderer_for(config, base)
+        self.engine = TorchEngine(
+            base.path,
+            tokenizer=self.renderer.tokenizer,
+            stop_ids=self.renderer.stop_ids,
+            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            num_slots=slots,
+            max_context=config.data.seq_len + 1024,
+            max_lora_columns=self.manifest.rank,
+        )
+        self.engine.load_adapter(
+            self.manifest.digest, registry.fetch(ModelRef.parse(self.manifest.ref), settings.cache)
+        )
+
+    def answers(self, prompts: Sequence[Sequence[Message]], *, tuned: bool, max_tokens: int) -> list[str]:
+        """Greedy answers, in order; by the adapter, or by the base alone."""
+        requests = [
+            GenerationRequest(
+                id=str(index),
+                prompt_ids=tuple(self.renderer.prompt_ids(messages)),
+                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
+                adapter=self.manifest.digest if tuned else None,
+            )
+            for index, messages in enumerate(prompts)
+        ]
+        return self.engine.generate(requests)
+
+
+def compare(
+    ref: ModelRef, data: str, settings: Settings, *, base_system: str | None = None, limit: int | None = None
+) -> Comparison:
+    """Both models' answers to a data file. Raises DataError, NotFoundError, ModelError."""
+    rows = read_rows(data)[:limit]
+    model = LoadedModel(ref, settings)
+    references = [row.reference() for row in rows]
+    lengths = [len(model.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
+    # Room for half as much again as the longest reference: a model that never stops must not take for ever.
+    max_tokens = max(lengths) * 3 // 2 + 16
+    base_prompts = [with_system(row.prompt(), base_system) for row in rows]
+    base_answers = model.answers(base_prompts, tuned=False, max_tokens=max_tokens)
+    tuned_answers = model.answers([row.prompt() for row in rows], tuned=True, max_tokens=max_tokens)
+    return compared(model.manifest.ref, rows, base_answers, tuned_answers)
+
+
+def compared(model: str, rows: list[Row], base_answers: list[str], tuned_answers: list[str]) -> Comparison:
+    """Answers with their scores against the rows' references, wherever the answers came from."""
+    references = [row.reference() for row in rows]
+    base, tuned = score_json(references, base_answers), score_json(references, tuned_answers)
+    return Comparison(model, rows, base_answers, tuned_answers, base, tuned)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The messages with their system prompt replaced, or as they are when `system` is None."""
+    if system is None:
+        return list(messages)
+    return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+
+
+def side_by_side(comparison: Comparison, num_rows: int) -> Any:
+    """A rich table of the first answers: prompt, reference, base, tuned."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(comparison.rows)} prompts, the first {num_rows}", show_lines=True)
+    for heading in ("message", "reference", "base", comparison.model):
+        table.add_column(heading, overflow="fold", ratio=1)
+    answers = zip(comparison.rows, comparison.base_answers, comparison.tuned_answers, strict=True)
+    for row, base, tuned in list(answers)[:num_rows]:
+        table.add_row(row.prompt()[-1]["content"], row.reference(), _shortened(base), _shortened(tuned))
+    return table
+
+
+def summary(comparison: Comparison) -> str:
+    """`exact fields: base 0.03 -> tickets@1 0.94 | valid JSON: 0.20 -> 1.00 | 64 prompts`, or exact match without JSON."""
+    base, tuned, name = comparison.base, comparison.tuned, comparison.model
+    if tuned.exact_fields is None:
+        scores = [f"exact match: base {base.exact_match:.2f} -> {name} {tuned.exact_match:.2f}"]
+    else:
+        scores = [
+            f"exact fields: base {base.exact_fields:.2f} -> {name} {tuned.exact_fields:.2f}",
+            f"valid JSON: {base.valid_json:.2f} -> {tuned.valid_json:.2f}",
+        ]
+    return " | ".join([*scores, f"{len(comparison.rows)} prompts"])
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 240 else f"{text[:237]}..."

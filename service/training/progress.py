@@ -1,0 +1,75 @@
+"""A run's progress on the terminal, read from its own metrics: the driver and `loray runs attach` show the same.
+
+On a terminal one live line (step, loss, tokens/s, time left); elsewhere a plain line a step, for job logs.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from service.logs import LogReader
+from service.runs import Run
+
+
+class ProgressView:
+    """Shows the steps of a run as they are logged. Use as a context manager and call `poll` now and then."""
+
+    def __init__(self, run: Run, num_steps: int, console: Console) -> None:
+        self._reader = LogReader(run.path("metrics"))
+        self._num_steps = num_steps
+        self._console = console
+        self._first: tuple[int, float] | None = None
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task("step", total=num_steps, figures="waiting for the first step")
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.poll()
+        self._bar.stop()
+
+    def poll(self) -> None:
+        """Read what is new and show it."""
+        for _, row in self._reader.new_rows():
+            if self._console.is_terminal:
+                self._bar.update(self._task, completed=row["step"], figures=self._figures(row))
+                if "eval/loss" in row:
+                    self._bar.console.print(
+                        f"step {row['step']}: held-out loss {row['eval/loss']:.4f}", highlight=False
+                    )
+            else:
+                line = f"step {row['step']}/{self._num_steps}  {self._figures(row)}"
+                self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _figures(self, row: dict[str, Any]) -> str:
+        parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
+        if not self._console.is_terminal and "eval/loss" in row:
+            parts.append(f"held-out loss {row['eval/loss']:.4f}")
+        if "train/tokens_per_s" in row:
+            parts += [f"{row['train/tokens_per_s']:.0f} tokens/s", f"{self._time_left(row['step'])} left"]
+        return "  ".join(parts)
+
+    def _time_left(self, step: int) -> str:
+        """From the mean time of the steps seen by this view."""
+        now = time.monotonic()
+        if self._first is None or step <= self._first[0]:
+            self._first = (step, now)
+            return "?"
+        seconds = (now - self._first[1]) / (step - self._first[0]) * (self._num_steps - step)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -1,0 +1,85 @@
+"""A finished run as a page: `report.md` and its loss curve `loss.png`, in the run's directory."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from service import storage
+from service.config import ResolvedRun
+from service.runs import Run
+from service.training.loop import TrainResult
+from service.training.plan import RunPlan
+
+
+def write_report(run: Run, resolved: ResolvedRun, plan: RunPlan, result: TrainResult, published: str | None) -> str:
+    """Write both files; the URI of report.md."""
+    rows = run.metrics()
+    storage.write_bytes(run.path("loss.png"), loss_curve(rows))
+    uri = run.path("report.md")
+    storage.write_bytes(uri, _page(run, resolved, plan, result, published, rows).encode())
+    return uri
+
+
+def loss_curve(rows: list[dict[str, Any]]) -> bytes:
+    """A PNG of training loss and, where measured, held-out loss, by step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("train/loss", "training", "-"), ("eval/loss", "held out", "o--")):
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1.5, markersize=5)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per trained token)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    if axes.has_data():
+        axes.legend(frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def _page(
+    run: Run,
+    resolved: ResolvedRun,
+    plan: RunPlan,
+    result: TrainResult,
+    published: str | None,
+    rows: list[dict[str, Any]],
+) -> str:
+    config = resolved.config
+    first = next((row["eval/loss"] for row in rows if "eval/loss" in row), None)
+    held_out = f"{first:.4f} -> {rows[-1]['eval/loss']:.4f}" if first is not None else "no data.eval"
+    rates = [row["train/tokens_per_s"] for row in rows if "train/tokens_per_s" in row]
+    gate = result.gate
+    table = {
+        "published as": published or "not published (no `publish` in the run file)",
+        "base model": f"{plan.base.name} (sha256 {plan.base.digest[:12]})",
+        "method": f"LoRA r={config.method.r} alpha={config.method.alpha:g}, "
+        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters",
+        "training rows": f"{plan.train.rows:,} ({plan.train.tokens:,} tokens, {plan.train.supervised_share:.0%} trained)",
+        "steps": f"{result.step} of {plan.num_steps}, global batch {config.optim.batch.rows} rows, "
+        f"{config.scale.workers} worker(s)",
+        "training loss": f"{rows[0].get('train/loss', rows[min(1, len(rows) - 1)].get('train/loss')):.4f} -> "
+        f"{rows[-1]['train/loss']:.4f} nats per trained token",
+        "held-out loss": held_out,
+        "speed": f"median {sorted(rates)[len(rates) // 2]:.0f} tokens/s over all workers",
+        "peak memory": f"{rows[-1]['memory/peak_bytes'] / 2**30:.2f} GiB (worker 0)",
+        "head": result.head,
+    }
+    if gate:
+        table["gate"] = (
+            f"alive {gate.alive}/{gate.total} updates; reloaded = trained within {gate.largest_difference:.2g} nats "
+            f"(allowed {gate.tolerance:.2g}); differs from the base by up to {gate.change_from_base:.2g}"
+        )
+    lines = [f"# Run {run.id}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
+    changed = [f"- `{key}`: {source}" for key, source in resolved.sources.items() if source == "--set"]
+    lines += ["", "![loss](loss.png)", "", "## Run file", "", "```yaml", resolved.text.rstrip(), "```"]
+    if changed:
+        lines += ["", "Set on the command line:", *changed]
+    return "\n".join(lines) + "\n"

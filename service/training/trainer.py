@@ -1,0 +1,79 @@
+"""The training loop under Ray Train: the only file that imports it.
+
+Ray places the workers, makes the process group and carries metrics; checkpoints are the loop's own. A finite controller
+limit ends a run whose resources never come. Each attempt has a Ray run name of its own, because Ray would silently
+resume its own snapshot under an old one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from service import launcher
+from service.errors import ClusterError, LorayError, TrainingError
+from service.training.loop import Metrics, TrainJob, TrainResult, train
+from service.training.strategy import World
+
+
+def fit(job: TrainJob, workers: int) -> TrainResult:
+    """Run the loop on `workers` Ray Train workers. Raises the loop's own error, or ClusterError when Ray failed."""
+    launcher.connect()
+    import ray
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
+    if workers > cpus:
+        raise ClusterError(f"scale.workers is {workers}, the cluster has {cpus} CPUs. Lower it or add nodes.")
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config=dataclasses.asdict(job),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1 if use_gpu else cpus // workers}
+        ),
+        run_config=ray.train.RunConfig(
+            name=f"{job.run_id}-a{job.attempt}",
+            storage_path=str(Path(job.cache) / "ray_train"),
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=2),
+        ),
+    )
+    try:
+        result: TrainResult = trainer.fit().return_value
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error.worker_failures, job) from error
+    except ray.train.TrainingFailedError as error:
+        raise ClusterError(f"Ray Train could not run the workers: {error}") from error
+    return result
+
+
+def _work(config: dict[str, Any]) -> TrainResult:
+    """One worker's life. Ray has made the process group before this is called."""
+    import ray.train
+    import torch
+
+    job = TrainJob(**config)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    def report(metrics: Metrics) -> None:
+        ray.train.report(metrics)
+
+    return train(job, World.current(), report)
+
+
+def _cause(failures: dict[int, Exception], job: TrainJob) -> LorayError:
+    """The loop's own error among the workers' failures: the others only lost their peer."""
+    for failure in failures.values():
+        error: BaseException | None = failure
+        while error is not None:
+            if isinstance(error, LorayError):
+                return error
+            error = getattr(error, "_base_exc", None) or error.__cause__
+    rank, failure = min(failures.items())
+    return TrainingError(
+        f"worker {rank} of {len(failures)} failed: {failure}. The run's checkpoints are whole: "
+        f"go on with loray train --resume {job.run_id}."
+    )

@@ -1,0 +1,467 @@
+"""The embedded engine against PEFT and transformers' generate, one request at a time, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from service.errors import ConflictError, ModelError, NotFoundError, RequestError
+from service.inference.engine import Chunk, GenerationRequest, SamplingParams
+from service.inference.torch_engine import TorchEngine
+
+CORPUS = ["the quick brown fox jumps over the lazy dog", "naïve café 東京 👩‍🚀", "to be or not to be"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANKS = {"a": 2, "b": 4, "c": 8}
+NUM_NEW = 24
+DEADLINE_S = 60.0
+# peft 0.21 asks transformers 5.23 for a property that has a new name there.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+SHAPE: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, Callable[..., Any]] = {"llama": LlamaConfig, "qwen2": Qwen2Config}
+
+
+def _tokenizer() -> Any:
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+TOKENIZER = _tokenizer()
+
+
+def _save_base(directory: Path, config_class: Callable[..., Any], **options: Any) -> Path:
+    torch.manual_seed(0)
+    config = config_class(**(SHAPE | {"vocab_size": len(TOKENIZER)} | options))
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def _save_adapter(base: Path, directory: Path, *, seed: int, rank: int, **options: Any) -> Path:
+    torch.manual_seed(seed)
+    settings = {"lora_alpha": 2 * rank, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=rank, **settings))
+    for name, weight in tuned.named_parameters():
+        if ".lora_" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    tuned.save_pretrained(directory)
+    return directory
+
+
+class Bench:
+    """A base model, three strong adapters, and the reference's answers."""
+
+    def __init__(self, directory: Path, config_class: Callable[..., Any]) -> None:
+        self.base = _save_base(directory / "base", config_class)
+        self.adapters = {
+            digest: _save_adapter(self.base, directory / digest, seed=rank, rank=rank) for digest, rank in RANKS.items()
+        }
+        self.prompts = [tuple(TOKENIZER.encode(text)) for text in ("the fox", "to be or", "café", "lazy dog, lazy")]
+        self.expected = {
+            digest: [self.reference(prompt, digest) for prompt in self.prompts] for digest in (None, *RANKS)
+        }
+
+    def reference(self, prompt: tuple[int, ...], digest: str | None, directory: Path | None = None) -> str:
+        """PEFT and generate, this request alone."""
+        model: Any = AutoModelForCausalLM.from_pretrained(self.base)
+        if digest:
+            model = PeftModel.from_pretrained(model, directory or self.adapters[digest])
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.eval().generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False
+            )
+        return str(TOKENIZER.decode(out[0, len(prompt) :]))
+
+    def engine(self, *, load: bool = True, **options: Any) -> TorchEngine:
+        """An engine on the base model, with the three adapters resident."""
+        settings: dict[str, Any] = {"num_slots": 4, "max_context": 128, "max_lora_columns": 16} | options
+        engine = TorchEngine(self.base, tokenizer=TOKENIZER, stop_ids=settings.pop("stop_ids", ()), **settings)
+        for digest, directory in self.adapters.items() if load else ():
+            engine.load_adapter(digest, directory)
+        return engine
+
+    def requests(self, *digests: str | None, sampling: SamplingParams | None = None) -> list[GenerationRequest]:
+        """Every prompt with every one of these adapters."""
+        sampling = sampling or SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
+        pairs = [(digest, number) for number in range(len(self.prompts)) for digest in digests]
+        return [GenerationRequest(f"{d}-{n}", self.prompts[n], sampling, d) for d, n in pairs]
+
+
+class Answer:
+    """Collects the chunks of one request."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.first, self.done = threading.Event(), threading.Event()
+
+    def __call__(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.first.set()
+        if chunk.finish_reason:
+            self.done.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    @property
+    def reason(self) -> str | None:
+        return self.chunks[-1].finish_reason if self.chunks else None
+
+
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp(request.param), CONFIGS[request.param])
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("llama-only"), LlamaConfig)
+
+
+def _submit(engine: TorchEngine, request: GenerationRequest) -> Answer:
+    answer = Answer()
+    engine.submit(request, answer)
+    return answer
+
+
+def _drain(engine: TorchEngine) -> None:
+    for _ in range(1000):
+        if not engine.step():
+            return
+    raise AssertionError("the engine still has work after 1000 steps")
+
+
+def test_the_adapters_are_strong(family: Bench) -> None:
+    for number in range(len(family.prompts)):
+        assert len({family.expected[digest][number] for digest in family.expected}) == len(family.expected)
+
+
+def test_a_mixed_batch_equals_peft_one_request_at_a_time(family: Bench) -> None:
+    requests = family.requests(None, "a", "b", "c")
+    answers = family.engine().generate(requests)
+    assert answers == [family.expected[r.adapter][family.prompts.index(r.prompt_ids)] for r in requests]
+
+
+def test_rows_that_join_and_leave_at_different_times_are_not_disturbed(family: Bench) -> None:
+    engine, answers = family.engine(), {}
+    for number, request in enumerate(family.requests("c", None, "a", "b")):
+        answers[request] = _submit(engine, request)
+        for _ in range(number % 5):
+            engine.step()
+    _drain(engine)
+    for request, answer in answers.items():
+        assert answer.text == family.expected[request.adapter][family.prompts.index(request.prompt_ids)]
+        assert answer.reason == "length"
+        assert sum(chunk.num_tokens for chunk in answer.chunks) == NUM_NEW
+        assert {chunk.num_prompt_tokens for chunk in answer.chunks} == {len(request.prompt_ids)}
+
+
+@pytest.mark.parametrize("config_class", [MistralConfig, Qwen3Config])
+def test_other_decoder_families_decode_as_generate_does(tmp_path: Path, config_class: Callable[..., Any]) -> None:
+    options = {"sliding_window": None} if config_class is MistralConfig else {"head_dim": 16}
+    base = _save_base(tmp_path / "base", config_class, **options)
+    engine = TorchEngine(base, tokenizer=TOKENIZER, stop_ids=(), num_slots=2, max_context=128)
+    prompt = tuple(TOKENIZER.encode("to be"))
+    request = GenerationRequest("r", prompt, SamplingParams(max_tokens=12, temperature=0.0))
+    out = AutoModelForCausalLM.from_pretrained(base).generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False
+    )
+    assert engine.generate([request]) == [TOKENIZER.decode(out[0, len(prompt) :])]
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_rslora": True}, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"layers.1.mlp.up_proj": 3}}]
+)
+def test_scaling_and_patterns_are_those_of_peft(llama: Bench, tmp_path: Path, options: dict[str, Any]) -> None:
+    directory = _save_adapter(llama.base, tmp_path / "x", seed=9, rank=3, **options)
+    engine = llama.engine(load=False)
+    engine.load_adapter("x", directory)
+    expected = [llama.reference(prompt, "x", directory) for prompt in llama.prompts]
+    assert engine.generate(llama.requests("x")) == expected
+
+
+def test_an_adapter_that_overflows_ends_its_own_row_only(llama: Bench, tmp_path: Path) -> None:
+    wild = shutil.copytree(llama.adapters["a"], tmp_path / "wild")
+    tensors = load_file(wild / "adapter_model.safetensors")
+    save_file({name: tensor * 1e30 for name, tensor in tensors.items()}, wild / "adapter_model.safetensors")
+    engine = llama.engine()
+    engine.load_adapter("wild", wild)
+    good = [(r, _submit(engine, r)) for r in llama.requests("b", None)[:2]]
+    engine.step()
+    bad = [_submit(engine, r) for r in llama.requests("wild")]
+    good += [(r, _submit(engine, r)) for r in llama.requests("c", "b", None)[3:]]
+    _drain(engine)
+    for answer in bad:
+        assert answer.reason == "error" and "not finite" in str(answer.chunks[-1].error)
+    for request, answer in good:
+        assert answer.text == llama.expected[request.adapter][llama.prompts.index(request.prompt_ids)]
+
+
+def test_a_swap_while_running_leaves_running_rows_as_they_were(llama: Bench) -> None:
+    engine = llama.engine()
+    engine.start()
+    try:
+        running = [(request, _submit(engine, request)) for request in llama.requests("a", "b", None)]
+        assert running[0][1].first.wait(DEADLINE_S)
+        for _ in range(3):
+            engine.unload_adapter("c")
+            assert engine.load_adapter("c", llama.adapters["c"]).num_columns == 8
+        running += [(request, _submit(engine, request)) for request in llama.requests("c")]
+        for request, answer in running:
+            assert answer.done.wait(DEADLINE_S)
+            assert answer.text == llama.expected[request.adapter][llama.prompts.index(request.prompt_ids)]
+        engine.check()
+    finally:
+        engine.close()
+
+
+def test_unload_refuses_while_in_use_then_frees_the_columns(llama: Bench) -> None:
+    engine = llama.engine()
+    answer = _submit(engine, llama.requests("c")[0])
+    with pytest.raises(ConflictError, match="in use by 1 request"):
+        engine.unload_adapter("c")
+    engine.step()
+    with pytest.raises(ConflictError, match="in use by 1 request"):
+        engine.unload_adapter("c")
+    _drain(engine)
+    assert answer.text == llama.expected["c"][0]
+    engine.unload_adapter("c")
+    assert engine.free_columns == 10 and set(engine.adapters()) == {"a", "b"}
+    with pytest.raises(NotFoundError, match="c is not resident"):
+        engine.submit(llama.requests("c")[0], Answer())
+    with pytest.raises(NotFoundError):
+        engine.unload_adapter("c")
+
+
+def test_a_full_bank_says_what_is_missing_and_loading_twice_is_once(llama: Bench) -> None:
+    engine = llama.engine()
+    assert engine.load_adapter("c", llama.adapters["c"]) == engine.adapters()["c"]
+    with pytest.raises(ConflictError, match="needs 4 columns, 2 free"):
+        engine.load_adapter("d", llama.adapters["b"])
+
+
+def test_the_same_seed_gives_the_same_text_whatever_else_is_in_the_batch(llama: Bench) -> None:
+    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=1.0, top_p=0.95, seed=3)
+    request = llama.requests("b", sampling=sampling)[0]
+    engine = llama.engine()
+    alone = engine.generate([request])[0]
+    others = llama.requests("a", None, sampling=SamplingParams(max_tokens=NUM_NEW))
+    assert engine.generate([*others, request])[-1] == alone
+    other_seed = SamplingParams(max_tokens=NUM_NEW, temperature=1.0, top_p=0.95, seed=4)
+    assert engine.generate(llama.requests("b", sampling=other_seed)[:1]) != [alone]
+
+
+def test_a_stop_string_ends_the_answer_before_it(llama: Bench) -> None:
+    engine, full = llama.engine(), llama.expected["a"][1]
+    stop = full[len(full) // 2 : len(full) // 2 + 3]
+    answer = _submit(
+        engine, llama.requests("a", sampling=SamplingParams(max_tokens=NUM_NEW, temperature=0.0, stop=(stop,)))[1]
+    )
+    _drain(engine)
+    assert answer.reason == "stop"
+    assert answer.text == full[: full.index(stop)]
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_sent(llama: Bench) -> None:
+    ids = TOKENIZER.encode(llama.expected[None][0])
+    stop_id = ids[6]
+    engine = llama.engine(stop_ids=[stop_id])
+    answer = _submit(engine, llama.requests(None)[0])
+    _drain(engine)
+    assert answer.reason == "stop"
+    assert llama.expected[None][0].startswith(answer.text)
+    assert sum(chunk.num_tokens for chunk in answer.chunks) <= 7
+
+
+def test_a_cancelled_request_frees_its_slot_within_a_step(llama: Bench) -> None:
+    engine = llama.engine(num_slots=1)
+    first, second = (_submit(engine, request) for request in llama.requests("a", "b")[:2])
+    engine.step()
+    assert second.chunks == []
+    engine.cancel("a-0")
+    engine.step()
+    assert first.reason == "cancelled"
+    _drain(engine)
+    assert second.text == llama.expected["b"][0]
+    engine.cancel("a-0")
+
+
+def test_a_waiting_request_can_be_cancelled_too(llama: Bench) -> None:
+    engine = llama.engine(num_slots=1)
+    _, second = (_submit(engine, request) for request in llama.requests("a", "b")[:2])
+    engine.step()
+    engine.cancel("b-0")
+    engine.step()
+    assert second.reason == "cancelled" and second.chunks[-1].num_tokens == 0
+
+
+def test_a_failing_listener_ends_its_own_request_only(llama: Bench) -> None:
+    engine = llama.engine()
+
+    def broken(chunk: Chunk) -> None:
+        raise ConnectionResetError("the client went away")
+
+    requests = llama.requests("a", "b")
+    engine.submit(requests[0], broken)
+    answer = _submit(engine, requests[1])
+    _drain(engine)
+    assert answer.text == llama.expected["b"][0]
+
+
+def test_a_request_that_cannot_be_served_is_refused_at_submit(llama: Bench) -> None:
+    engine = llama.engine()
+    greedy = SamplingParams(max_tokens=100, temperature=0.0)
+    for prompt, words in [((1,) * 29, "prompt of 29 tokens"), ((), "empty"), ((len(TOKENIZER),), "outside 0 to")]:
+        with pytest.raises(RequestError, match=words):
+            engine.submit(GenerationRequest("r", prompt, greedy), Answer())
+    engine.submit(GenerationRequest("r", (1,) * 28, greedy), Answer())
+    with pytest.raises(ConflictError, match="in flight already"):
+        engine.submit(GenerationRequest("r", (1,), greedy), Answer())
+    _drain(engine)
+
+
+def test_closing_ends_what_is_in_flight(llama: Bench) -> None:
+    engine = llama.engine(num_slots=1)
+    engine.start()
+    answers = [_submit(engine, request) for request in llama.requests("a", "b", sampling=SamplingParams(max_tokens=90))]
+    assert answers[0].first.wait(DEADLINE_S)
+    engine.close()
+    assert all(answer.done.is_set() for answer in answers)
+    assert answers[-1].reason == "cancelled"
+    with pytest.raises(ConflictError, match="closed"):
+        _submit(engine, llama.requests("a")[0])
+
+
+def test_check_raises_when_pending_work_does_not_advance(llama: Bench) -> None:
+    engine = llama.engine(stall_after_s=0.0)
+    engine.check()
+    _submit(engine, llama.requests(None)[0])
+    with pytest.raises(RuntimeError, match="has not finished a step"):
+        engine.check()
+    _drain(engine)
+    engine.check()
+
+
+def _edit_config(directory: Path, **changes: Any) -> None:
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def _edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+
+
+Q_A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+BAD: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "config flags": (
+        lambda d: _edit_config(d, use_dora=True, modules_to_save=["lm_head"], bias="all", init_lora_weights="pissa"),
+        ["use_dora", "modules_to_save", "bias is 'all'", "init_lora_weights is 'pissa'"],
+    ),
+    "a key from the future": (lambda d: _edit_config(d, use_warp_drive=True), ["use_warp_drive"]),
+    "another method": (lambda d: _edit_config(d, peft_type="IA3", task_type="SEQ_CLS"), ["peft_type", "task_type"]),
+    "no config": (lambda d: (d / "adapter_config.json").unlink(), ["adapter_config.json is missing"]),
+    "pickled": (
+        lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"),
+        ["adapter_model.bin", "only safetensors"],
+    ),
+    "not safetensors": (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\0" * 9), ["is not safetensors"]),
+    "empty": (lambda d: _edit_tensors(d, dict.clear), ["holds no tensors", "is targeted, but has no tensors"]),
+    "shape and NaN": (
+        lambda d: _edit_tensors(
+            d,
+            lambda t: t.update(
+                {
+                    Q_A: torch.zeros(2, 7),
+                    Q_A.replace("q_proj", "k_proj"): torch.full((2, 48), float("nan")),
+                    Q_A.replace("q_proj", "v_proj"): torch.full((2, 48), 1, dtype=torch.int32),
+                }
+            ),
+        ),
+        ["q_proj: A is [2, 7]", "k_proj holds NaN", "v_proj: dtypes torch.int32"],
+    ),
+    "strangers": (
+        lambda d: _edit_tensors(
+            d,
+            lambda t: (
+                t.pop(Q_A),
+                t.update({"base_model.model.lm_head.weight": torch.zeros(2), Q_A.replace("q_", "z_"): torch.zeros(2)}),
+            ),
+        ),
+        ["lm_head.weight is no LoRA matrix", "z_proj: the base model has no such", "q_proj has lora_B only"],
+    ),
+    "rank of the config": (lambda d: _edit_config(d, r=3), ["wanted [3, 48]"]),
+    "overflow by scaling": (lambda d: _edit_config(d, lora_alpha=1e39), ["after scaling"]),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_bad_adapter_is_refused_with_all_reasons_and_changes_nothing(llama: Bench, tmp_path: Path, case: str) -> None:
+    damage, words = BAD[case]
+    directory = shutil.copytree(llama.adapters["a"], tmp_path / "bad")
+    damage(directory)
+    engine = llama.engine()
+    request = llama.requests("b")[0]
+    answer = _submit(engine, request)
+    engine.step()
+    before = (engine.adapters(), engine.free_columns)
+    with pytest.raises(ModelError) as caught:
+        engine.load_adapter("bad", directory)
+    assert [word for word in words if word not in caught.value.message] == []
+    assert (engine.adapters(), engine.free_columns) == before
+    _drain(engine)
+    assert answer.text == llama.expected["b"][0]
+
+
+def test_a_rank_beyond_the_bank_is_refused(llama: Bench) -> None:
+    engine = llama.engine(load=False, max_lora_columns=4)
+    with pytest.raises(ModelError, match=r"rank 8, this engine holds at most 4 columns[\s\S]*more of this kind"):
+        engine.load_adapter("c", llama.adapters["c"])
+
+
+@pytest.mark.parametrize(
+    ("config_class", "options", "words"),
+    [
+        (MistralConfig, {"sliding_window": 32}, "sliding window of 32 tokens"),
+        (LlamaConfig, {"max_position_embeddings": 64}, "knows 64 positions"),
+    ],
+)
+def test_a_base_model_that_would_be_wrong_is_refused(
+    tmp_path: Path, config_class: Callable[..., Any], options: dict[str, Any], words: str
+) -> None:
+    base = _save_base(tmp_path / "base", config_class, **options)
+    with pytest.raises(ModelError, match=words):
+        TorchEngine(base, tokenizer=TOKENIZER, stop_ids=(), max_context=128)

@@ -1,0 +1,252 @@
+"""The adapters of one replica, without engine, store or threads: what is decided, in every order of events."""
+
+import random
+
+import pytest
+
+from serve.adapters import AdapterState, AdapterTable, Fetch, Load, Unload
+from serve.routing import Registered
+from service.errors import ModelError, NotFoundError
+
+RANKS = {"a1": 8, "a2": 8, "b1": 8, "c1": 16, "huge": 64}
+
+
+def registered(**labels: str) -> dict[str, Registered]:
+    return {
+        label: Registered(model=f"{d[:-1] or d}@{d[-1]}" if d[-1].isdigit() else f"{d}@1", digest=d)
+        for label, d in labels.items()
+    }
+
+
+class Bench:
+    """A table, and a bank of columns that does what the table says."""
+
+    def __init__(self, columns: int = 16) -> None:
+        self.table = AdapterTable(columns)
+        self.bank: dict[str, int] = {}
+        self.columns, self.epoch = columns, 0
+
+    def want(self, **labels: str) -> None:
+        self.epoch += 1
+        self.table.want(self.epoch, registered(**labels))
+        self.settle()
+
+    def settle(self) -> None:
+        while (action := self.table.next_action(self.columns - sum(self.bank.values()))) is not None:
+            if isinstance(action, Fetch):
+                self.table.fetched(action.digest, RANKS[action.digest])
+            elif isinstance(action, Load):
+                self.bank[action.digest] = RANKS[action.digest]
+                self.table.loaded(action.digest, RANKS[action.digest])
+            else:
+                del self.bank[action.digest]
+                self.table.unloaded(action.digest)
+
+    def state(self, digest: str) -> AdapterState:
+        adapter = self.table.adapters.get(digest)
+        return adapter.state if adapter else AdapterState.GONE
+
+    def release(self, digest: str) -> None:
+        self.table.release(digest)
+        self.settle()
+
+
+def test_an_adapter_goes_from_registered_over_cached_to_resident() -> None:
+    table = AdapterTable(16)
+    table.want(1, registered(a="a1"))
+    assert table.adapters["a1"].state is AdapterState.REGISTERED
+    assert table.next_action(16) == Fetch("a1", "a@1")
+    table.fetched("a1", 8)
+    assert table.adapters["a1"].state is AdapterState.CACHED
+    assert table.next_action(16) == Load("a1")
+    table.loaded("a1", 8)
+    assert table.adapters["a1"].state is AdapterState.RESIDENT
+    assert table.next_action(8) is None
+
+
+def test_a_request_waits_for_an_adapter_that_is_not_loaded_yet() -> None:
+    bench = Bench()
+    bench.table.want(1, registered(a="a1"))
+    assert bench.table.acquire("a1", None) is None
+    bench.settle()
+    assert bench.table.acquire("a1", None) == "a1"
+
+
+def test_a_withdrawn_adapter_drains_and_is_gone_after_its_last_request() -> None:
+    bench = Bench()
+    bench.want(a="a1")
+    bench.table.acquire("a1", None)
+    bench.table.acquire("a1", None)
+    bench.want()
+    assert bench.state("a1") is AdapterState.DRAINING
+    with pytest.raises(NotFoundError):
+        bench.table.acquire("a1", None)
+    bench.release("a1")
+    assert bench.state("a1") is AdapterState.DRAINING
+    bench.release("a1")
+    assert bench.state("a1") is AdapterState.GONE
+    assert bench.bank == {}
+
+
+def test_a_draining_adapter_that_is_wanted_again_is_not_reloaded() -> None:
+    bench = Bench()
+    bench.want(a="a1")
+    bench.table.acquire("a1", None)
+    bench.want()
+    bench.want(a="a1")
+    assert bench.state("a1") is AdapterState.RESIDENT
+
+
+def test_a_swap_loads_the_new_version_then_flips_then_drains_the_old() -> None:
+    bench = Bench()
+    bench.want(a="a1")
+    assert bench.table.acquire("a1", "a") == "a1"
+    bench.table.want(9, registered(a="a2"))
+    assert bench.table.acquire("a2", "a") == "a1", "while a2 loads, the label's old version answers"
+    bench.settle()
+    assert bench.table.acquire("a2", "a") == "a2"
+    assert bench.state("a1") is AdapterState.DRAINING
+    bench.release("a1")
+    bench.release("a1")
+    assert bench.state("a1") is AdapterState.GONE
+    assert set(bench.bank) == {"a2"}
+
+
+def test_a_request_for_an_explicit_version_is_never_answered_by_another_one() -> None:
+    bench = Bench()
+    bench.want(a="a1")
+    bench.table.want(9, registered(a="a2"))
+    assert bench.table.acquire("a2", None) is None
+
+
+def test_a_label_moved_to_another_family_waits_instead_of_answering_with_the_old_one() -> None:
+    bench = Bench()
+    bench.want(x="a1")
+    bench.table.want(9, registered(x="b1"))
+    assert bench.table.acquire("b1", "x") is None
+
+
+def test_a_swap_without_free_columns_is_pending_while_the_old_version_serves() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    bench.table.acquire("a1", "a")
+    bench.want(a="a2")
+    adapter = bench.table.adapters["a2"]
+    assert (adapter.state, adapter.detail) == (AdapterState.PENDING, "needs 8 columns, 0 free")
+    assert bench.table.serving() == {"a": "a1"}
+    bench.release("a1")
+    assert bench.state("a2") is AdapterState.RESIDENT
+    assert bench.table.serving() == {"a": "a2"}
+
+
+def test_the_least_recently_used_idle_adapter_is_evicted_and_one_in_use_never() -> None:
+    bench = Bench(columns=16)
+    bench.want(a="a1", b="b1")
+    bench.table.acquire("a1", None)  # older than b1's use, but running
+    bench.table.acquire("b1", None)
+    bench.release("b1")
+    bench.want(a="a1", b="b1", z="a2")
+    assert bench.state("b1") is AdapterState.CACHED
+    assert bench.state("a1") is AdapterState.RESIDENT
+    assert bench.state("a2") is AdapterState.RESIDENT
+
+
+def test_nothing_is_evicted_when_evicting_would_not_make_enough_room() -> None:
+    bench = Bench(columns=16)
+    bench.want(a="a1", b="b1")
+    bench.table.acquire("a1", None)
+    bench.want(a="a1", b="b1", c="c1")
+    assert bench.state("b1") is AdapterState.RESIDENT
+    assert bench.table.adapters["c1"].detail == "needs 16 columns, 0 free"
+
+
+def test_an_evicted_adapter_comes_back_only_when_a_request_waits_for_it() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1", b="b1")
+    evicted, kept = ("a1", "b1") if bench.state("b1") is AdapterState.RESIDENT else ("b1", "a1")
+    bench.settle()
+    assert bench.state(evicted) is AdapterState.CACHED
+    assert bench.table.acquire(evicted, None) is None
+    bench.table.wait(evicted)
+    bench.settle()
+    assert bench.table.acquire(evicted, None) == evicted
+    assert bench.state(kept) is AdapterState.CACHED
+
+
+def test_an_adapter_larger_than_the_whole_bank_is_refused_with_both_numbers() -> None:
+    bench = Bench(columns=16)
+    bench.want(h="huge")
+    assert bench.state("huge") is AdapterState.REFUSED
+    with pytest.raises(ModelError, match="needs 64 columns, the endpoint has 16"):
+        bench.table.acquire("huge", "h")
+
+
+def test_a_refused_adapter_is_tried_again_when_it_is_put_again() -> None:
+    bench = Bench()
+    bench.table.want(1, registered(a="a1"))
+    bench.table.refuse("a1", "broken")
+    bench.settle()
+    assert bench.state("a1") is AdapterState.REFUSED
+    bench.table.want(2, {"a": Registered(model="a@1", digest="a1", since=2)})
+    bench.settle()
+    assert bench.state("a1") is AdapterState.RESIDENT
+
+
+def test_a_refused_new_version_leaves_the_old_one_serving_its_label() -> None:
+    bench = Bench()
+    bench.want(a="a1")
+    bench.table.want(9, registered(a="a2"))
+    bench.table.refuse("a2", "broken")
+    bench.settle()
+    assert bench.table.acquire("a2", "a") == "a1"
+
+
+def test_no_request_gets_in_while_an_adapter_is_being_unloaded() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    bench.table.want(2, registered(a="a1", b="b1"))
+    bench.table.fetched("b1", 8)
+    assert bench.table.next_action(0) == Unload("a1")
+    assert bench.table.acquire("a1", None) is None
+    bench.table.still_in_use("a1")
+    assert bench.table.acquire("a1", None) == "a1"
+
+
+def test_when_the_engine_has_less_room_than_it_said_an_idle_adapter_goes() -> None:
+    bench = Bench(columns=32)
+    bench.want(a="a1")
+    bench.table.want(2, registered(a="a1", b="b1"))
+    bench.table.fetched("b1", 8)
+    assert bench.table.next_action(24) == Load("b1")
+    bench.table.short("b1", "needs 24 columns, 16 free")
+    assert bench.table.adapters["b1"].state is AdapterState.PENDING
+    assert bench.table.next_action(24) == Unload("a1")
+
+
+def test_any_order_of_events_keeps_what_runs_resident_and_ends_clean() -> None:
+    """2000 random events: whatever runs is in the bank, the bank never overflows, and at the end nothing is left."""
+    rng = random.Random(7)
+    bench, running = Bench(columns=24), []
+    for _ in range(2000):
+        choice = rng.random()
+        if choice < 0.3:
+            labels = {label: rng.choice([f"{label}1", "a2"]) for label in ("a", "b", "c") if rng.random() < 0.7}
+            bench.want(**labels)
+        elif choice < 0.7 and bench.table.adapters:
+            digest = rng.choice(sorted(bench.table.adapters))
+            try:
+                answering = bench.table.acquire(digest, None)
+            except NotFoundError:
+                answering = None
+            if answering:
+                running.append(answering)
+        elif running:
+            bench.release(running.pop(rng.randrange(len(running))))
+        assert set(running) <= set(bench.bank)
+        assert sum(bench.bank.values()) <= 24
+        assert {d for d, a in bench.table.adapters.items() if a.resident} == set(bench.bank)
+    bench.want()
+    while running:
+        bench.release(running.pop())
+    assert bench.bank == {}
+    assert bench.table.adapters == {}

@@ -24,6 +24,8 @@ from service.registry import Registry
 POLL_EVERY_S = 1.0
 # A request waits this long for its adapter: a cold fetch of some 100 MB from an object store, with a margin.
 LOAD_WAIT_S = 120.0
+# Replicas that were killed leave their last report; the next one to start sweeps up after this time.
+FORGET_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -46,6 +48,9 @@ class AdapterSync:
 
     def start(self) -> None:
         """Take over the desired state once, so that the first report is a true one, then go on in the thread."""
+        for report in self._files.reports():
+            if time.time() - report.heartbeat_at > FORGET_AFTER_S:
+                self._files.delete_report(report.replica)
         self._step()
         self._thread.start()
 

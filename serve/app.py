@@ -98,7 +98,7 @@ def stop() -> None:
     for name in ours:
         ray_serve.delete(name)
     if len(ours) == len(applications):
-        ray_serve.shutdown()  # type: ignore[no-untyped-call]
+        ray_serve.shutdown()
 
 
 def prepare(config: ServeConfig, settings: Settings) -> Prepared:
@@ -132,6 +132,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
         graceful_shutdown_timeout_s=300,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
+        logging_config=_QUIET,
     )(EngineReplica)
     gateway = ray_serve.deployment(
         name="Gateway",
@@ -142,6 +143,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
         graceful_shutdown_timeout_s=300,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
+        logging_config=_QUIET,
     )(Gateway)
     replicas = engine.bind(
         prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine
@@ -248,7 +250,7 @@ def _check_port(port: int) -> None:
 
 
 def _cluster_total(resource: str) -> float:
-    return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
+    return float(ray.cluster_resources().get(resource, 0.0))
 
 
 def _await_running(name: str) -> None:
@@ -276,7 +278,7 @@ def _await_route(name: str, port: int) -> str:
     url, deadline = f"http://{HOST}:{port}", time.monotonic() + _ROUTE_LIMIT_S
     while time.monotonic() < deadline:
         try:
-            with urllib.request.urlopen(f"{url}/-/routes", timeout=5) as response:
+            with urllib.request.urlopen(f"{url}/-/routes", timeout=5) as response:  # noqa: S310 - our own http URL
                 if name in response.read().decode():
                     return url
         except OSError as error:  # URLError is one: the proxy is not up yet

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -67,7 +68,7 @@ def resolve_base_model(name: str, cache: Path, revision: str | None = None) -> B
     elif name.startswith("s3://"):
         path = _fetch_s3(name, cache)
     elif name.startswith(("/", "./", "../", "~")) or Path(name).is_dir():
-        path = Path(name).expanduser().resolve()
+        path = Path(os.path.expanduser(name)).resolve()  # noqa: PTH111 - Path's raises where the user is unknown
     elif _HUB_ID.fullmatch(name):
         path = _fetch_hub(name, revision, cache)
     else:
@@ -98,7 +99,9 @@ def _check(path: Path, name: str) -> None:
         problems.append("config.json is missing")
     except (OSError, ValueError) as error:
         problems.append(f"config.json cannot be read: {error}")
-    if isinstance(config, dict) and "auto_map" in config:
+    if not isinstance(config, dict):
+        problems.append(f"config.json holds a {type(config).__name__}, not an object")
+    elif "auto_map" in config:
         problems.append("config.json asks for remote code (auto_map), which loray never runs")
     if not weight_files(path):
         pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})

@@ -74,7 +74,7 @@ class DataBlock(Block):
 class LoraBlock(Block):
     """LoRA, arXiv:2106.09685. The update is scaled by alpha / r, so `alpha: 32` with `r: 16` doubles it."""
 
-    type: Literal["lora"]
+    type: Literal["lora"] = "lora"
     r: int = Field(default=16, ge=1, le=1024)
     alpha: float = Field(default=32.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -201,7 +201,7 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> ResolvedRun:
         key, value = _override(override)
         _set(values, key, value)
         written = {k: s for k, s in written.items() if not k.startswith(f"{key}.")}
-        written.update((k, "--set") for k, _ in leaves(_nest(key, value)))
+        written.update((k, "--set") for k, _ in leaves(_expanded(_nest(key, value))))
     config = validated(RunConfig, values, path)
     return ResolvedRun(config, sources_of(config, written), text)
 
@@ -349,10 +349,17 @@ def _problem(model: type[BaseModel], details: ErrorDetails) -> str:
         return f"{key}: missing. It has no default."
     message = details["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     seen = details["input"]
-    shown = "a mapping" if isinstance(seen, dict) else repr(seen)
+    shown = _shown(seen)
     if isinstance(seen, float) and not math.isfinite(seen):
         message = "must be a finite number"
     return f"{key}: {message[0].lower()}{message[1:]}, not {shown}."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return "a mapping" if isinstance(value, dict) else repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a number of thousands of digits"
 
 
 def _unknown_key(model: type[BaseModel], path: list[str]) -> str:
@@ -361,11 +368,10 @@ def _unknown_key(model: type[BaseModel], path: list[str]) -> str:
     parent = ".".join(path[:-1])
     siblings = {n[len(parent) + 1 if parent else 0 :].split(".")[0] for n in names if n.startswith(parent)}
     near = difflib.get_close_matches(path[-1], sorted(siblings), n=1, cutoff=0.5)
-    if near:
-        return f"{key}: unknown key. Did you mean {'.'.join([*path[:-1], near[0]])}?"
-    elsewhere = [n for n in names if n.split(".")[-1] == path[-1]] or difflib.get_close_matches(key, names, n=1)
-    if elsewhere:
-        return f"{key}: unknown key. Did you mean {elsewhere[0]}?"
+    exact = sorted((n for n in names if n.split(".")[-1] == path[-1]), key=lambda n: not n.startswith(f"{parent}."))
+    here = [".".join([*path[:-1], near[0]])] if near else []
+    for guess in (*exact, *here, *difflib.get_close_matches(key, names, n=1)):
+        return f"{key}: unknown key. Did you mean {guess}?"
     return f"{key}: unknown key. Known here: {', '.join(sorted(siblings))}."
 
 

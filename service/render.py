@@ -86,6 +86,9 @@ class Renderer:
     def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
         from jinja2.exceptions import TemplateError
 
+        if not messages:
+            raise DataError("no message stands before the assistant's, so there is nothing to answer. Add the user's.")
+
         try:
             text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
         except TemplateError as error:
@@ -128,7 +131,10 @@ def _stop_ids(path: Path, tokenizer: Any) -> frozenset[int]:
         ids.add(int(tokenizer.eos_token_id))
     file = path / "generation_config.json"
     if file.is_file():
-        named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        try:
+            named = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ModelError(f"{file} is no JSON object: {error}. Save it again, or remove it.") from error
         ids.update(named if isinstance(named, list) else [named] if named is not None else [])
     return frozenset(ids)
 

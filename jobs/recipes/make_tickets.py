@@ -94,8 +94,8 @@ shipped {p} twice|the package came without {p}|where is the parcel with {p}|can 
 carrier says {p} is still in the warehouse|please ship {p} a week later|the delivery of {p} is late|what day does {p}
 get here""",
         """the package with {p} has not arrived|{p} is still not delivered|the courier took {p} to the wrong
-address|the tracking says {p} is stuck in a depot|you shipped {p} to the wrong house|{p} should have come last
-week|which day will the parcel with {p} arrive""",
+address|the shipment with {p} is stuck in a depot|you shipped {p} to the wrong house|the parcel with {p} was due last
+week and never came|when will the parcel with {p} arrive""",
     ),
     "billing": (
         """you charged me twice for {p}|the invoice for {p} is wrong|I was billed too much for {p}|my refund for {p} is
@@ -161,9 +161,9 @@ FINE: Table = {
 CAN_BE_FINE = {category: [c for c in FINE if c != category] for category in FINE} | {"delivery": ["billing", "account"]}
 
 OTHER_PRODUCT = (
-    """{q} is fine, but {x}|nothing wrong with {q}, but {x}|I do not mean {q}: {x}|{x}, while {q} is fine|{x}. {q} has
-nothing to do with it|this is not about {q}. {x}|{q} is no trouble; {x}|{x}, not {q}""",
-    "{q} is all right, however {x}|forget {q}: {x}|{x}. I am not talking about {q}|{x}, whereas {q} is okay",
+    """{q} is fine, but {x}|nothing wrong with {q}, but {x}|{q} is no trouble, but {x}|I do not mean {q}: {x}|this is not
+about {q}: {x}|{x}. This is not about {q}|{x}. I do not mean {q}|{x}. There is nothing wrong with {q}""",
+    "{q} is okay, but {x}|all is well with {q}, but {x}|I am not talking about {q}: {x}|{x}. I am not talking about {q}",
 )
 
 SEVERITIES: Table = {
@@ -171,35 +171,35 @@ SEVERITIES: Table = {
         """please fix this today|I need help today|it has to be solved today|this is an emergency|an emergency, please
 call|we have an emergency here|help us right now|I need it right now|please act at once|somebody must call at once|this
 cannot wait|urgent, this cannot wait until tomorrow""",
-        """I need it solved today|it is a real emergency|please call right now|help us at once|it cannot wait any
-longer|we need somebody today""",
+        """I need it fixed today|it is a real emergency|please call right now|help us at once|it is urgent and
+cannot wait|somebody must help us today""",
     ),
     "normal": (
         """please fix it this week|I need an answer this week|it should be solved this week|a reply within a few days
 is fine|please solve it in a few days|we can bridge a few days|annoying, but we manage for now|we manage with a spare
 for now|it is annoying, though we manage|no emergency, but please answer this week|it cannot wait for months, but a few
 days are fine|we manage until the weekend""",
-        """please look at it this week|we manage for a few days|an answer in a few days would help|annoying, though we
-manage for now|no emergency, this week is early enough|it should work again within a few days""",
+        """please look at it this week|I would like an answer this week|please answer within a few days|it would be nice to
+have it within a few days|annoying, but we manage with a spare|it is annoying, but we can bridge a few days""",
     ),
     "minor": (
         """no hurry|there is no hurry at all|no hurry, answer whenever you like|it can wait for months|it can wait, take
 your time|take your time with it|reply whenever you like|whenever you have time|it is not urgent at all|not urgent, I
 am just curious|I am just curious|I only ask because I am curious""",
-        """no hurry with this|there is really no hurry|take all your time|it can wait for weeks|answer whenever you
-have time|not urgent, I was only curious""",
+        """no hurry with this|there is really no hurry|take your time, it can wait for months|answer whenever you like, no
+hurry|it is not urgent, I am curious|I was just curious, no hurry""",
     ),
 }
 
 ORDERS = (
-    "order {o}|my order number is {o}|it was order {o}|ordered as {o}|order no. {o}|I bought it as {o}|order: {o}",
-    "the order is {o}|see order number {o}|you have it as order {o}|bought under {o}",
+    "order {o}|my order number is {o}|it was order {o}|ordered as {o}|order no. {o}|I bought it as order {o}|order: {o}",
+    "the order is {o}|the order number is {o}|this is order {o}|bought as order {o}",
 )
 # Numbers that are no order: {o} has the same form as one.
 OTHER_NUMBERS = (
     """the serial number is {o}|it says model {o}|part {o}|call extension {n}|I paid {n} euros|my postcode is {n}|the
 sticker reads {o}|firmware {o}|phone me on {n}|it is product code {o}""",
-    "its serial is {o}|the model is {o}|my extension is {n}|it cost {n} dollars|my phone is {n}",
+    "its serial number is {o}|it is model {o}|my extension is {n}|I paid {n} dollars|phone me: {n}",
 )
 NAMES = (
     "Mia|Ben|Aisha|Tom|Lena|Omar|Grace|Felix|Nina|Paul|Yuki|Carla|Ivan|Ruth|Sam|Elif|Jonas|Priya|Marc|Zoe",
@@ -246,10 +246,10 @@ def messages(rng: random.Random, split: str) -> Iterator[tuple[str, dict[str, st
         order = number() if rng.random() < 0.65 else None
         topic = pick(PROBLEMS[category]).format(p=pick(PRODUCTS[product]))
         twist = rng.random()
-        if twist < 0.35:
+        if twist < 0.30:
             other = rng.choice([name for name in PRODUCTS if name != product])
             topic = pick(OTHER_PRODUCT).format(q=pick(PRODUCTS[other]), x=topic)
-        elif twist < 0.55:
+        elif twist < 0.50:
             fine = pick(FINE[rng.choice(CAN_BE_FINE[category])])
             topic = rng.choice([f"{fine}. {topic}", f"{topic}. {fine}"])
         rest = [pick(SEVERITIES[severity])]

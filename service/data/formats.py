@@ -112,6 +112,8 @@ def _messages(messages: Any) -> tuple[Message, ...] | list[str]:
         problems.append(
             f"the last message has the role {messages[-1]['role']!r}, wanted assistant: the answer to learn."
         )
+    elif not problems and len(messages) == 1:
+        problems.append("messages has only an answer, wanted the user's message before it.")
     if problems:
         return problems
     return tuple({"role": m["role"], "content": m["content"]} for m in messages)

@@ -36,9 +36,9 @@ class Plan:
     @property
     def num_steps(self) -> int:
         """Steps of the run, at least one. A share of an epoch is rounded up to whole steps."""
-        steps = max(1, math.ceil(round(self.epochs * self.num_rows / self.batch_rows, 6)))
-        if self.epochs == int(self.epochs):
-            steps = int(self.epochs) * self.steps_per_epoch
+        whole = int(self.epochs)
+        share = math.ceil(round((self.epochs - whole) * self.num_rows / self.batch_rows, 6))
+        steps = max(1, whole * self.steps_per_epoch + share)
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def rows(self, step: int) -> list[int]:

@@ -30,7 +30,7 @@ class LoraBank:
     """Puts itself into every `nn.Linear` of a model (the output head excepted) and holds the resident adapters."""
 
     def __init__(self, model: PreTrainedModel, max_columns: int) -> None:
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
         self.closed_BTR: torch.Tensor | None = (
             None  # True where a row may not see a column; None: no row has an adapter
         )

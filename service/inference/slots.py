@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
-class SlotCache(Cache):
+class SlotCache(Cache):  # type: ignore[misc, unused-ignore]  # transformers is typed in part
     """A transformers cache over slots. `begin_prefill` or `begin_decode` says which rows the next forward writes."""
 
     def __init__(
@@ -78,11 +78,11 @@ class SlotCache(Cache):
         return self._slot_layers[layer_idx].update(key_states, value_states)
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # transformers types it in part
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """One layer's views of the slots."""
 
     def __init__(self, kv_SHCD: torch.Tensor) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self._all_keys, self._all_values = kv_SHCD[0], kv_SHCD[1]
         self.keys, self.values = self._all_keys, self._all_values
         self.is_initialized = True

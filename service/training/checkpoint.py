@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -60,14 +61,31 @@ def newest_checkpoint(run_uri: str, config_digest: str) -> tuple[Checkpoint | No
 
 
 def prune(run_uri: str, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints. One that is cut short here lacks a file and is passed over."""
+    """Delete all but the newest `keep_last` checkpoints, and what a killed attempt left without an index.
+
+    One that is cut short here lacks a file and is passed over.
+    """
     parent = storage.join(run_uri, "checkpoints")
-    for name in sorted(storage.list_names(parent))[:-keep_last]:
-        storage.delete_tree(storage.join(parent, name))
+    names = sorted(storage.list_names(parent))
+    kept = [name for name in names if storage.exists(storage.join(parent, name, "checkpoint.json"))][-keep_last:]
+    for name in names:
+        if name not in kept:
+            storage.delete_tree(storage.join(parent, name))
+
+
+def _index(uri: str) -> dict[str, Any]:
+    data = storage.read_bytes(uri)
+    try:
+        index = json.loads(data)
+    except ValueError as error:
+        raise StorageError(f"{uri} is no JSON: {error}.") from None
+    if not isinstance(index, dict) or not {"step", "config_digest", "files"} <= set(index):
+        raise StorageError(f"{uri} is no index of a checkpoint.")
+    return index
 
 
 def _read(uri: str, config_digest: str) -> Checkpoint:
-    index = json.loads(storage.read_bytes(storage.join(uri, "checkpoint.json")))
+    index = _index(storage.join(uri, "checkpoint.json"))
     if index["config_digest"] != config_digest:
         raise ConfigError(
             f"{uri} belongs to another config. Resume it with the run's own config: loray train --resume RUN."

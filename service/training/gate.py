@@ -10,6 +10,7 @@ unchanged tensor, an adapter that changes nothing, or one that computes somethin
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -149,7 +150,8 @@ def _log_probs(model: Any, probe: Probe) -> list[float]:
 
 
 def _largest(left: Sequence[float], right: Sequence[float]) -> float:
-    return max(abs(a - b) for a, b in zip(left, right, strict=True))
+    differences = [abs(a - b) for a, b in zip(left, right, strict=True)]
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf  # max() would pass over a NaN
 
 
 def main() -> None:

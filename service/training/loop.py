@@ -33,11 +33,12 @@ from service.training.checkpoint import Checkpoint, newest_checkpoint, prune, sa
 from service.training.gate import GateReport, Probe, run_gate
 from service.training.methods.lora import apply_lora, save_adapter
 from service.training.objectives.sft import Batch, SupervisedLoss, collate
+from service.training.ranklog import RankLog
 from service.training.strategy import GradientBuffer, World
 
 PROBE_ROWS = 4
 HEAD_TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # nats, see SupervisedLoss.probe
-STOP_LOOK_EVERY_S = 1.0
+STOP_LOOK_SHARE = 0.01  # of the time goes into looking for a stop request: storage may be far away
 
 Metrics = dict[str, float]
 
@@ -81,14 +82,21 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     """
     started = time.monotonic()
     run = Run.open(job.home, job.run_id)
-    session = _Session(job, world, run)
+    log = RankLog(run, Path(job.cache), world.rank, job.attempt)
     try:
-        result = session.train_steps(report)
-        if result.stopped is None and world.rank == 0:
-            gate = session.save_and_check()
-            result = TrainResult(result.step, result.metrics, gate=gate, head=result.head)
+        session = _Session(job, world, run, log)
+        try:
+            result = session.train_steps(report)
+            if result.stopped is None and world.rank == 0:
+                gate = session.save_and_check()
+                result = TrainResult(result.step, result.metrics, gate=gate, head=result.head)
+        finally:
+            session.close()
+    except BaseException:
+        log.failed()
+        raise
     finally:
-        session.close()
+        log.close()
     return TrainResult(
         result.step, result.metrics, result.stopped, result.gate, result.head, time.monotonic() - started
     )
@@ -97,8 +105,8 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
 class _Session:
     """What lives as long as one attempt: the model, its optimizer, the data, the logs."""
 
-    def __init__(self, job: TrainJob, world: World, run: Run) -> None:
-        self.job, self.world, self.run = job, world, run
+    def __init__(self, job: TrainJob, world: World, run: Run, log: RankLog) -> None:
+        self.job, self.world, self.run, self.log = job, world, run, log
         self.config = RunConfig.model_validate(job.config)
         cache = Path(job.cache)
         self.base = _verified_base(job, cache)
@@ -117,7 +125,7 @@ class _Session:
         self.ledger = LogWriter(storage.join(run.uri, "ledger"), writer)
         self.events = LogWriter(storage.join(run.uri, "events"), writer)
         self._stop: str | None = None
-        self._looked_at = -math.inf
+        self._look_again_at = -math.inf
 
     def train_steps(self, report: Callable[[Metrics], None] | None) -> TrainResult:
         step = self._resume()
@@ -237,6 +245,8 @@ class _Session:
             state = Checkpoint(step, weights, optim.moments(self.optimizer, self.named))
             save_checkpoint(self.run.uri, state, self.job.config_digest)
             prune(self.run.uri, self.config.checkpoint.keep_last)
+        self.log.say(f"checkpoint of step {step} is whole")
+        self.log.keep()
 
     def save_and_check(self) -> GateReport:
         """Save the adapter in PEFT's format, free the memory, and have a fresh process reproduce the probe."""
@@ -284,16 +294,21 @@ class _Session:
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     def _look_for_stop(self) -> None:
-        """Between micro-batches, at most once a second: storage may be far away."""
-        if time.monotonic() - self._looked_at >= STOP_LOOK_EVERY_S:
+        """Between micro-batches, as often as STOP_LOOK_SHARE allows."""
+        before = time.monotonic()
+        if before >= self._look_again_at:
             self._stop = self._stop or self.run.stop_requested()
-            self._looked_at = time.monotonic()
+            after = time.monotonic()
+            self._look_again_at = after + (after - before) / STOP_LOOK_SHARE
 
     def _log(self, step: int, metrics: Metrics) -> None:
+        figures = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
+        self.log.say(f"step {step}/{self.plan.num_steps}  {figures}")
         if self.world.rank == 0 and metrics:
             self.metrics.append({"step": step, **metrics})
 
     def _event(self, kind: str, text: str) -> None:
+        self.log.say(f"{kind}: {text}")
         if self.world.rank == 0:
             self.events.append({"time": time.time(), "kind": kind, "text": text})
 

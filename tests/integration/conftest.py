@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,8 +42,8 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
-    """A local cluster of 4 (claimed) CPUs, with its dashboard; its address. Shut down at the end of the session."""
+def ray_context(ray_environment: dict[str, str]) -> Iterator[Any]:
+    """A local cluster of 4 (claimed) CPUs, with its dashboard. Shut down at the end of the session."""
     import ray
 
     # Unix sockets live below it and their paths may have 107 characters at most: pytest's directories are too long.
@@ -50,6 +51,18 @@ def ray_cluster(ray_environment: dict[str, str]) -> Iterator[str]:
     context = ray.init(
         num_cpus=4, include_dashboard=True, logging_level="ERROR", log_to_driver=False, _temp_dir=directory
     )
-    yield str(context.address_info["address"])
+    yield context
     ray.shutdown()
     shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_context: Any) -> str:
+    """The cluster's address, as RAY_ADDRESS takes it."""
+    return str(ray_context.address_info["address"])
+
+
+@pytest.fixture(scope="session")
+def ray_dashboard(ray_context: Any) -> str:
+    """The dashboard's URL, where jobs are submitted."""
+    return f"http://{ray_context.address_info['webui_url']}"

@@ -1,13 +1,9 @@
-"""A real endpoint on a real Ray cluster, over real HTTP: OpenAI's client, adapters that come and go, bad requests."""
+"""Chat over real HTTP: OpenAI's client and events, usage, stop, seed, bad requests, clients that go away, failed starts."""
 
 from __future__ import annotations
 
 import json
-import socket
-import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,140 +11,33 @@ import httpx
 import openai
 import pytest
 
-from service.base_models import resolve_base_model
 from service.config import ServeConfig
-from service.domain import ModelRef
 from service.errors import ClusterError, ConfigError, ModelError
-from service.registry import ManifestDraft, Registry
+from service.registry import Registry
 from service.render import load_renderer
 from service.settings import Settings
-from tests.integration import tiny
+from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, wait_until
 
+pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the garbage collector
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 on transformers 5.23
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60
 ]
-DEADLINE_S = 60.0
-HELLO = [{"role": "user", "content": "Hello there"}]
 
 
-@dataclass
-class Endpoint:
-    """A running server and the registry behind it."""
+def test_a_replica_that_cannot_start_leaves_no_application(
+    ray_cluster: str, config: ServeConfig, registry: Registry, settings: Settings
+) -> None:
+    import ray.serve as ray_serve
 
-    url: str
-    http: httpx.Client
-    client: openai.OpenAI
-    registry: Registry
-    settings: Settings
-
-    def ask(self, model: str, messages: Any = HELLO, **options: Any) -> str:
-        options = {"max_tokens": 24, "temperature": 0, **options}
-        answer = self.client.chat.completions.create(model=model, messages=messages, **options)
-        return answer.choices[0].message.content or ""
-
-    def stream(self, model: str, messages: Any = HELLO, **options: Any) -> str:
-        options = {"max_tokens": 24, "temperature": 0, **options}
-        stream = self.client.chat.completions.create(model=model, messages=messages, stream=True, **options)
-        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-
-    def put(self, name: str, model: str) -> httpx.Response:
-        return self.http.put(f"/v1/adapters/{name}", params={"wait": "resident"}, json={"model": model})
-
-    def post(self, **fields: Any) -> httpx.Response:
-        return self.http.post("/v1/chat/completions", json={"model": "base", "messages": HELLO, **fields})
-
-    def replica(self) -> dict[str, Any]:
-        replicas = self.http.get("/v1/adapters").json()["replicas"]
-        return dict(next(iter(replicas.values())))
-
-    def names(self) -> list[str | None]:
-        return [adapter["name"] for adapter in self.http.get("/v1/adapters").json()["data"]]
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Ask again and again, up to DEADLINE_S; the pause is an Event nobody sets."""
-    pause = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.1)):
-        if condition():
-            return
-        pause.wait(0.1)
-    raise AssertionError(f"not within {DEADLINE_S:g} s: {what}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return Settings(str(tmp_path_factory.mktemp("home")), tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_base(tmp_path_factory.mktemp("models") / "base")
-
-
-@pytest.fixture(scope="module")
-def registry(base: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """red@1, red@2, blue@1 fit; wide@1 takes 24 columns; foreign@1, template@1 and dora@1 must be refused."""
-    registry = Registry(settings.home)
-    directory = tmp_path_factory.mktemp("adapters")
-    resolved = resolve_base_model(str(base), settings.cache)
-    good = {"base_digest": resolved.digest, "renderer_digest": load_renderer(base).digest}
-
-    def publish(family: str, seed: int, rank: int = 8, overrides: dict[str, str] | None = None, **options: Any) -> None:
-        source = tiny.save_adapter(base, directory / f"{family}{seed}", seed, rank, **options)
-        draft = {"base_model": "base", **good, **(overrides or {}), "rank": rank, "alpha": 2.0 * rank}
-        registry.publish(family, source, ManifestDraft.model_validate(draft))
-
-    publish("red", 1)
-    publish("red", 2)
-    publish("blue", 3)
-    publish("wide", 4, rank=24)
-    publish("foreign", 5, overrides={"base_digest": "f" * 64})
-    publish("template", 6, overrides={"renderer_digest": "e" * 64})
-    publish("dora", 7, use_dora=True)
-    return registry
-
-
-@pytest.fixture(scope="module")
-def config(base: Path) -> ServeConfig:
-    engine = {"slots": 4, "max_context": 256, "lora_columns": 24, "threads": 1}
-    return ServeConfig.model_validate(
-        {"model": str(base), "endpoint": "test", "precision": "fp32", "port": free_port(), "engine": engine}
-    )
-
-
-@pytest.fixture(scope="module")
-def endpoint(ray_cluster: str, config: ServeConfig, registry: Registry, settings: Settings) -> Iterator[Endpoint]:
     from serve import app
 
-    url = app.start(config, settings)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
-    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
-        yield Endpoint(url, http, client, registry, settings)
-    app.stop()
-
-
-@pytest.fixture
-def loaded(endpoint: Endpoint) -> Iterator[Endpoint]:
-    """red@1 and blue@1 resident; everything withdrawn and drained afterwards."""
-    assert endpoint.put("red", "red@1").status_code == 200
-    assert endpoint.put("blue", "blue@1").status_code == 200
-    yield endpoint
-    clear(endpoint)
-
-
-def clear(endpoint: Endpoint) -> None:
-    for name in endpoint.names():
-        if name is not None:
-            endpoint.http.delete(f"/v1/adapters/{name}").raise_for_status()
-    wait_until(lambda: endpoint.names() == [], "all adapters are gone")
+    values = config.model_dump(by_alias=True)
+    values["engine"]["max_context"] = 100_000  # the tiny model has 512 positions: the engine refuses, in the replica
+    with pytest.raises(ClusterError, match="512"):
+        app.start(ServeConfig.model_validate(values), settings)
+    assert ray_serve.status().applications == {}
 
 
 def test_the_base_answers_openais_client_and_says_who_answered(endpoint: Endpoint) -> None:
@@ -210,108 +99,6 @@ def test_a_seed_reproduces_a_sampled_answer(endpoint: Endpoint) -> None:
     assert endpoint.stream("base", temperature=1.5, seed=5) == first
     # 24 tokens of some 97 at this temperature: that another seed gives the same text is less likely than 1e-12
     assert endpoint.ask("base", temperature=1.5, seed=6) != first
-
-
-def test_adapters_are_put_while_requests_run_and_every_answer_is_its_own(loaded: Endpoint) -> None:
-    models = ["base", "red", "blue@1"]
-    questions = [[{"role": "user", "content": f"Question {i}"}] for i in range(4)]
-    jobs = [(model, question) for question in questions for model in models]
-    alone = [loaded.ask(model, question) for model, question in jobs]
-    for i in range(0, len(alone), 3):
-        assert len(set(alone[i : i + 3])) == 3, "base and adapters answer differently, else the test proves nothing"
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        together = list(pool.map(lambda job: loaded.stream(*job), jobs))
-    assert together == alone
-
-
-def test_the_body_names_the_version_that_answered(loaded: Endpoint) -> None:
-    body = loaded.post(model="red", max_tokens=1).json()
-    assert body["model"] == "red@1"
-    assert body["loray"]["model_digest"] == loaded.registry.manifest(ModelRef.parse("red@1")).digest
-    names = [model.id for model in loaded.client.models.list()]
-    assert names == ["base", "blue", "red", "blue@1", "red@1"]
-
-
-def test_an_alias_is_followed_and_its_version_must_be_registered(loaded: Endpoint) -> None:
-    loaded.registry.set_alias("blue", "production", 1)
-    wait_until(lambda: loaded.post(model="blue@production", max_tokens=1).status_code == 200, "the alias is known")
-    loaded.registry.set_alias("red", "canary", 2)
-    response = loaded.post(model="red@canary", max_tokens=1)
-    assert response.status_code == 404
-    assert "red@1" in response.json()["error"]["message"]
-
-
-def test_a_swap_under_load_finishes_each_answer_on_the_version_it_started_with(loaded: Endpoint) -> None:
-    one, two = loaded.ask("red", max_tokens=60), None
-    with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(loaded.post, model="red", max_tokens=60, temperature=0) for _ in range(8)]
-        assert loaded.put("red", "red@2").status_code == 200
-        answers += [pool.submit(loaded.post, model="red", max_tokens=60, temperature=0) for _ in range(4)]
-        bodies = [answer.result().json() for answer in answers]
-    two = loaded.ask("red@2", max_tokens=60)
-    assert one != two
-    for body in bodies:
-        assert body["choices"][0]["message"]["content"] == {"red@1": one, "red@2": two}[body["model"]]
-    assert {body["model"] for body in bodies[-4:]} == {"red@2"}
-    wait_until(lambda: loaded.replica()["free_columns"] == 8, "the old version has given its columns back")
-
-
-def test_a_deleted_adapter_is_unknown_at_once_and_frees_its_columns(loaded: Endpoint) -> None:
-    assert loaded.http.delete("/v1/adapters/red").json()["deleted"] is True
-    response = loaded.post(model="red", max_tokens=1)
-    assert response.status_code == 404
-    assert "blue" in response.json()["error"]["message"]
-    assert loaded.http.delete("/v1/adapters/red").status_code == 404
-    wait_until(lambda: loaded.replica()["free_columns"] == 16, "red's 8 of 24 columns are free")
-
-
-def test_short_columns_evict_the_idle_and_requests_bring_the_evicted_back(loaded: Endpoint) -> None:
-    before = loaded.ask("red")
-    assert loaded.put("wide", "wide@1").status_code == 200
-    states = {a["name"]: a["state"] for a in loaded.http.get("/v1/adapters").json()["data"]}
-    assert states == {"wide": "resident", "red": "cached", "blue": "cached"}
-    assert loaded.ask("red") == before
-
-
-def test_without_room_a_put_says_pending_and_keeps_the_registration(endpoint: Endpoint) -> None:
-    endpoint.put("wide", "wide@1")
-    with endpoint.client.chat.completions.create(model="wide", messages=HELLO, max_tokens=200, stream=True) as stream:
-        next(iter(stream))
-        response = endpoint.http.put("/v1/adapters/red?wait=resident&timeout=1.5", json={"model": "red@1"})
-        if response.status_code != 200:  # the long answer was still running
-            assert response.status_code == 504
-            assert "needs 8 columns, 0 free" in response.json()["error"]["message"]
-    wait_until(lambda: endpoint.post(model="red", max_tokens=1).status_code == 200, "red has found room")
-    clear(endpoint)
-
-
-@pytest.mark.parametrize(
-    ("model", "status", "said"),
-    [
-        ("foreign@1", 400, "ffffffffffff"),
-        ("template@1", 400, "eeeeeeeeeeee"),
-        ("dora@1", 400, "dora"),
-        ("red@9", 404, "red@"),
-        ("nobody@1", 404, "red"),
-        ("red", 404, "production"),
-        ("../red@1", 400, "model name"),
-    ],
-)
-def test_an_adapter_that_cannot_be_served_is_refused_and_not_registered(
-    endpoint: Endpoint, model: str, status: int, said: str
-) -> None:
-    response = endpoint.put("x", model)
-    assert response.status_code == status, response.text
-    assert said in response.json()["error"]["message"].lower()
-    assert "x" not in endpoint.names()
-    assert endpoint.ask("base", max_tokens=1)
-    wait_until(lambda: endpoint.names() == [], "nothing of it is left")
-
-
-def test_the_bases_own_name_and_malformed_names_are_no_adapter_names(endpoint: Endpoint) -> None:
-    assert endpoint.put("base", "red@1").status_code == 409
-    assert endpoint.put("UPPER", "red@1").status_code == 400
-    assert endpoint.put("blue@1", "red@1").status_code == 400
 
 
 @pytest.mark.parametrize(

@@ -169,7 +169,13 @@ def test_unknown_fields_are_named_wherever_they_stand() -> None:
 
 def test_text_parts_are_joined_and_a_clients_own_answer_can_be_sent_back() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    dumped = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None, "annotations": []}
+    dumped: dict[str, Any] = {
+        "role": "assistant",
+        "content": "Hi",
+        "refusal": None,
+        "tool_calls": None,
+        "annotations": [],
+    }
     request = parse_chat(body(messages=[{"role": "developer", "content": parts}, dumped]))
     assert request.messages == ({"role": "system", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
     assert request.ignored == ()

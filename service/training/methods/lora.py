@@ -7,6 +7,7 @@ at zero, both are float32 whatever the base is stored in.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def apply_lora(model: torch.nn.Module, method: LoraBlock, seed: int) -> PeftMode
     if not isinstance(targets, str):
         _check_targets(model, targets)
     torch.manual_seed(seed)
+    # PEFT asks transformers by a name that is about to go; nothing that a user of ours could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
     config = LoraConfig(
         r=method.r,
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,

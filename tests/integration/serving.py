@@ -1,0 +1,75 @@
+"""What tests ask of a running endpoint, and how they wait. The fixtures are in `serving_fixtures.py`."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+
+from service.registry import Registry
+from service.settings import Settings
+
+DEADLINE_S = 60.0
+HELLO: Any = [{"role": "user", "content": "Hello there"}]
+
+
+@dataclass
+class Endpoint:
+    """A running server and the registry behind it."""
+
+    url: str
+    http: httpx.Client
+    client: openai.OpenAI
+    registry: Registry
+    settings: Settings
+
+    def ask(self, model: str, messages: Any = HELLO, **options: Any) -> str:
+        options = {"max_tokens": 24, "temperature": 0, **options}
+        answer = self.client.chat.completions.create(model=model, messages=messages, **options)
+        return answer.choices[0].message.content or ""
+
+    def stream(self, model: str, messages: Any = HELLO, **options: Any) -> str:
+        options = {"max_tokens": 24, "temperature": 0, **options}
+        stream = self.client.chat.completions.create(model=model, messages=messages, stream=True, **options)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+
+    def put(self, name: str, model: str) -> httpx.Response:
+        return self.http.put(f"/v1/adapters/{name}", params={"wait": "resident"}, json={"model": model})
+
+    def post(self, **fields: Any) -> httpx.Response:
+        return self.http.post("/v1/chat/completions", json={"model": "base", "messages": HELLO, **fields})
+
+    def replica(self) -> dict[str, Any]:
+        replicas = self.http.get("/v1/adapters").json()["replicas"]
+        return dict(next(iter(replicas.values())))
+
+    def names(self) -> list[str | None]:
+        return [adapter["name"] for adapter in self.http.get("/v1/adapters").json()["data"]]
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Ask again and again, up to DEADLINE_S; the pause is an Event nobody sets."""
+    pause = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.1)):
+        if condition():
+            return
+        pause.wait(0.1)
+    raise AssertionError(f"not within {DEADLINE_S:g} s: {what}")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clear(endpoint: Endpoint) -> None:
+    for name in endpoint.names():
+        if name is not None:
+            endpoint.http.delete(f"/v1/adapters/{name}").raise_for_status()
+    wait_until(lambda: endpoint.names() == [], "all adapters are gone")

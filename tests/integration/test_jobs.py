@@ -1,0 +1,242 @@
+"""Runs through their doors on a real Ray cluster: `python -m jobs.train`, `loray train`, `ray job submit`, a killed driver."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from service import storage
+from service.domain import ModelRef, RunState
+from service.registry import Registry
+from service.runs import Run, list_runs
+from service.settings import Settings
+from tests.integration import small_runs
+
+DEADLINE_S = 240.0
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = Path(sys.executable).parent
+
+
+@dataclass
+class Place:
+    """A cluster, a home of its own, and a run file for two workers."""
+
+    dashboard: str
+    settings: Settings
+    environment: dict[str, str]
+    run_file: Path
+
+    def run(self, *command: str, expect: int = 0, without: tuple[str, ...] = ()) -> str:
+        environment = {name: value for name, value in self.environment.items() if name not in without}
+        done = subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        )
+        output = done.stdout + done.stderr
+        assert done.returncode == expect, f"{command} ended with {done.returncode}:\n{output[-3000:]}"
+        return output
+
+    def train(self, *arguments: str, expect: int = 0) -> str:
+        return self.run(sys.executable, "-m", "jobs.train", *arguments, expect=expect)
+
+    def loray(self, *arguments: str, expect: int = 0) -> str:
+        return self.run(str(SCRIPTS / "loray"), *arguments, expect=expect)
+
+    def newest(self) -> Run:
+        return list_runs(self.settings.home)[-1]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_runs.small_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def place(base: Path, ray_cluster: str, ray_dashboard: str, tmp_path: Path) -> Place:
+    run_file = small_runs.write_run_file(
+        tmp_path / "run", base, scale={"workers": 2}, publish="small", checkpoint={"every": {"steps": 2}}
+    )
+    settings = Settings(str(tmp_path / "home"), tmp_path / "cache")
+    environment = {
+        **os.environ,
+        "LORAY_HOME": settings.home,
+        "LORAY_CACHE": str(settings.cache),
+        "RAY_ADDRESS": ray_cluster,
+        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
+    }
+    return Place(ray_dashboard, settings, environment, run_file)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    pause = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.02)):
+        if condition():
+            return
+        pause.wait(0.02)
+    raise AssertionError(f"not within {DEADLINE_S:g} s: {what}")
+
+
+def losses(run: Run) -> list[float]:
+    return [row["train/loss"] for row in run.metrics() if "train/loss" in row]
+
+
+def test_a_killed_trainer_resumes_to_the_same_losses_and_model_as_one_never_killed(place: Place) -> None:
+    # Long enough that the kill finds it in the middle.
+    long = ["--set", "optim.epochs=40", "--set", "publish=null"]
+    place.train(str(place.run_file), *long)
+    whole = place.newest()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", str(place.run_file), *long],
+        env=place.environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    wait_until(lambda: len(list_runs(place.settings.home)) == 2, "the second run exists")
+    killed = place.newest()
+    wait_until(lambda: len(storage.list_names(killed.path("checkpoints"))) >= 2, "it has checkpoints")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    checkpoint = int(storage.list_names(killed.path("checkpoints"))[-1])
+    assert checkpoint < 160, "the run ended before it could be killed"
+    assert not storage.list_names(killed.path("model"))
+    place.train("--resume", killed.id)
+    assert killed.status().state is RunState.SUCCEEDED
+    assert killed.status().details["attempt"] == 2
+    assert any(event["kind"] == "resumed" for event in killed.events())
+    assert losses(killed) == losses(whole)
+    assert killed.ledger() == whole.ledger()
+    name = "adapter_model.safetensors"
+    assert storage.read_bytes(killed.path("model", name)) == storage.read_bytes(whole.path("model", name))
+
+
+def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
+    output = place.train(str(place.run_file))
+    run = place.newest()
+    assert "Published small@1" in output
+    assert f"Report: {run.path('report.md')}" in output
+    assert storage.read_bytes(run.path("loss.png")).startswith(b"\x89PNG")
+    report = storage.read_bytes(run.path("report.md")).decode()
+    assert "alive 14/14" in report
+    assert "small@1" in report
+    manifest = Registry(place.settings.home).manifest(ModelRef.parse("small@1"))
+    assert manifest.run == run.id
+    assert manifest.metrics["train/loss"] == losses(run)[-1]
+    rows = json.loads("[" + ",".join(place.loray("runs", "metrics", "latest", "--json").strip().split("\n")) + "]")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert {"train/loss", "train/grad_norm", "train/tokens_per_s", "optim/lr"} <= set(rows[0])
+    logs = storage.list_names(run.path("logs"))
+    assert logs == ["a1-rank-00000.log", "a1-rank-00001.log"]
+
+
+def test_a_submitted_job_succeeds_and_a_mistyped_key_fails_with_our_message(place: Place) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    submit = [str(SCRIPTS / "ray"), "job", "submit", "--address", place.dashboard, "--working-dir", "."]
+    forwarded = {name: place.environment[name] for name in ("LORAY_HOME", "LORAY_CACHE", "HF_HUB_OFFLINE")}
+    env = ["--runtime-env-json", json.dumps({"env_vars": forwarded, "excludes": [".git", ".venv"]})]
+    command = ["--", sys.executable, "-m", "jobs.train", str(place.run_file), "--set"]
+    override = ("RAY_ADDRESS",)  # Ray would take it for the dashboard's address
+    place.run(*submit, "--submission-id", "good", *env, *command, "optim.max_steps=4", without=override)
+    place.run(*submit, "--submission-id", "bad", *env, *command, "optim.max_stepz=4", expect=1, without=override)
+    client = JobSubmissionClient(place.dashboard)
+    assert client.get_job_info("good").status == "SUCCEEDED"
+    bad = client.get_job_info("bad")
+    assert bad.status == "FAILED"
+    assert "optim.max_stepz: unknown key. Did you mean optim.max_steps?" in bad.message
+    assert len(list_runs(place.settings.home)) == 1  # the mistyped one left no run
+
+
+def test_loray_train_with_an_address_submits_and_follows_the_log(place: Place) -> None:
+    output = place.loray("train", str(place.run_file), "--address", place.dashboard, "--set", "optim.max_steps=4")
+    run = place.newest()
+    assert run.status().state is RunState.SUCCEEDED
+    assert "step 4/4" in output
+    assert f"Job {run.id} ended SUCCEEDED" in output
+    detached = place.loray(
+        "train", str(place.run_file), "--address", place.dashboard, "-d", "--set", "optim.max_steps=4"
+    )
+    again = next(line for line in detached.splitlines() if "loray runs attach" in line)
+    arguments = again.split("loray ")[1].split()
+    assert "ended SUCCEEDED" in place.loray(*arguments)
+
+
+def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place) -> None:
+    place.loray("train", str(place.run_file), "-d", "--set", "optim.epochs=2000")
+    run = place.newest()
+    wait_until(lambda: len(losses(run)) > 3, "it trains")
+    refused = place.loray("train", "--resume", run.id, expect=1)
+    assert "is running" in refused
+    place.loray("runs", "stop", "latest", "--reason", "enough")
+    place.loray("runs", "attach", "latest")
+    status = run.status()
+    assert (status.state, status.message) == (RunState.STOPPED, "enough")
+    newest = int(storage.list_names(run.path("checkpoints"))[-1])
+    assert newest == status.step == len(losses(run))  # not one step is lost
+    resolved = run.resolved()
+    assert resolved["sources"]["optim.epochs"] == "--set"
+    refused = place.loray("runs", "stop", "latest", expect=1)
+    assert "nothing to stop" in refused
+
+
+def test_sigterm_at_the_driver_stops_with_a_checkpoint(place: Place) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", str(place.run_file), "--set", "optim.epochs=2000"],
+        env=place.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    wait_until(lambda: bool(list_runs(place.settings.home)), "the run exists")
+    run = place.newest()
+    wait_until(lambda: len(losses(run)) > 3, "it trains")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert run.status().state is RunState.STOPPED
+    assert "SIGTERM" in run.status().message
+    assert f"loray train --resume {run.id}" in output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"train": "missing.jsonl"}}, "missing.jsonl: the data file does not exist"),
+        ({"data": {"train": "EMPTY"}}, "the data file is empty"),
+        ({"data": {"train": "BROKEN"}}, "row 2: no valid JSON"),
+        ({"model": "no-such-model"}, "is no bundled name"),
+        ({"model": "/nowhere/at/all"}, "is no directory"),
+        ({"method": {"type": "lora", "targets": ["nothing_proj"]}}, "name no linear layer"),
+        ({"data": {"train": "GOOD", "seq_len": 8}}, "more than data.seq_len = 8 tokens"),
+    ],
+)
+def test_wrong_input_exits_2_with_its_reason_and_leaves_no_run(
+    change: dict[str, Any], message: str, place: Place, tmp_path: Path
+) -> None:
+    files = {"EMPTY": "", "BROKEN": '{"prompt": "a", "completion": "b"}\n{"prompt": \n'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    config = {**yaml.safe_load(place.run_file.read_text()), **change}
+    data = config["data"]
+    good = str(place.run_file.parent / "train.jsonl")
+    data["train"] = good if data["train"] == "GOOD" else data["train"]
+    if data["train"] in files:
+        data["train"] = str(tmp_path / data["train"])
+    file = tmp_path / "wrong.yaml"
+    file.write_text(yaml.safe_dump(config))
+    output = place.train(str(file), expect=2)
+    assert message in " ".join(output.split())
+    assert not list_runs(place.settings.home)
+    with contextlib.suppress(FileNotFoundError):
+        assert not Registry(place.settings.home).models()
+
+
+def test_more_workers_than_the_cluster_has_is_an_error_not_a_wait(place: Place) -> None:
+    output = place.train(str(place.run_file), "--set", "scale.workers=64", expect=1)
+    assert "scale.workers is 64, the cluster has 4 CPUs" in output
+    assert place.newest().status().state is RunState.FAILED

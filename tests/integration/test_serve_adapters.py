@@ -1,0 +1,151 @@
+"""Adapters of a running endpoint: put, swapped, evicted, deleted and refused while requests flow."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.config import ServeConfig
+from service.domain import ModelRef
+from service.registry import Registry
+from service.settings import Settings
+from tests.integration.serving import HELLO, Endpoint, clear, wait_until
+
+pytest_plugins = ("tests.integration.serving_fixtures",)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the garbage collector
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 on transformers 5.23
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60
+]
+
+
+def test_base_and_adapters_in_one_batch_answer_as_each_does_alone(loaded: Endpoint) -> None:
+    models = ["base", "red", "blue@1"]
+    questions = [[{"role": "user", "content": f"Question {i}"}] for i in range(4)]
+    jobs = [(model, question) for question in questions for model in models]
+    alone = [loaded.ask(model, question) for model, question in jobs]
+    for i in range(0, len(alone), 3):
+        assert len(set(alone[i : i + 3])) == 3, "base and adapters answer differently, else the test proves nothing"
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        together = list(pool.map(lambda job: loaded.stream(*job), jobs))
+    assert together == alone
+
+
+def test_the_body_names_the_version_that_answered(loaded: Endpoint) -> None:
+    body = loaded.post(model="red", max_tokens=1).json()
+    assert body["model"] == "red@1"
+    assert body["loray"]["model_digest"] == loaded.registry.manifest(ModelRef.parse("red@1")).digest
+    names = [model.id for model in loaded.client.models.list()]
+    assert names == ["base", "blue", "red", "blue@1", "red@1"]
+
+
+def test_an_alias_is_followed_and_its_version_must_be_registered(loaded: Endpoint) -> None:
+    loaded.registry.set_alias("blue", "production", 1)
+    wait_until(lambda: loaded.post(model="blue@production", max_tokens=1).status_code == 200, "the alias is known")
+    loaded.registry.set_alias("red", "canary", 2)
+    response = loaded.post(model="red@canary", max_tokens=1)
+    assert response.status_code == 404
+    assert "red@1" in response.json()["error"]["message"]
+
+
+def test_a_swap_under_load_finishes_each_answer_on_the_version_it_started_with(loaded: Endpoint) -> None:
+    one, two = loaded.ask("red", max_tokens=60), None
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(loaded.post, model="red", max_tokens=60, temperature=0) for _ in range(8)]
+        assert loaded.put("red", "red@2").status_code == 200
+        answers += [pool.submit(loaded.post, model="red", max_tokens=60, temperature=0) for _ in range(4)]
+        bodies = [answer.result().json() for answer in answers]
+    two = loaded.ask("red@2", max_tokens=60)
+    assert one != two
+    for body in bodies:
+        assert body["choices"][0]["message"]["content"] == {"red@1": one, "red@2": two}[body["model"]]
+    assert {body["model"] for body in bodies[-4:]} == {"red@2"}
+    wait_until(lambda: loaded.replica()["free_columns"] == 8, "the old version has given its columns back")
+
+
+def test_a_deleted_adapter_is_unknown_at_once_and_frees_its_columns(loaded: Endpoint) -> None:
+    assert loaded.http.delete("/v1/adapters/red").json()["deleted"] is True
+    response = loaded.post(model="red", max_tokens=1)
+    assert response.status_code == 404
+    assert "blue" in response.json()["error"]["message"]
+    assert loaded.http.delete("/v1/adapters/red").status_code == 404
+    wait_until(lambda: loaded.replica()["free_columns"] == 16, "red's 8 of 24 columns are free")
+
+
+def test_short_columns_evict_the_idle_and_requests_bring_the_evicted_back(loaded: Endpoint) -> None:
+    before = loaded.ask("red")
+    assert loaded.put("wide", "wide@1").status_code == 200
+    states = {a["name"]: a["state"] for a in loaded.http.get("/v1/adapters").json()["data"]}
+    assert states == {"wide": "resident", "red": "cached", "blue": "cached"}
+    assert loaded.ask("red") == before
+
+
+def test_without_room_a_put_says_pending_and_keeps_the_registration(endpoint: Endpoint) -> None:
+    endpoint.put("wide", "wide@1")
+    long = {"model": "wide", "messages": HELLO, "max_tokens": 200, "stream": True}
+    with endpoint.http.stream("POST", "/v1/chat/completions", json=long) as stream:
+        next(stream.iter_lines())
+        response = endpoint.http.put("/v1/adapters/red?wait=resident&timeout=1.5", json={"model": "red@1"})
+        if response.status_code != 200:  # the long answer was still running
+            assert response.status_code == 504
+            assert "needs 8 columns, 0 free" in response.json()["error"]["message"]
+    wait_until(lambda: endpoint.post(model="red", max_tokens=1).status_code == 200, "red has found room")
+    clear(endpoint)
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "said"),
+    [
+        ("foreign@1", 400, "ffffffffffff"),
+        ("template@1", 400, "eeeeeeeeeeee"),
+        ("dora@1", 400, "dora"),
+        ("red@9", 404, "red@"),
+        ("nobody@1", 404, "red"),
+        ("red", 404, "production"),
+        ("../red@1", 400, "no valid name"),
+    ],
+)
+def test_an_adapter_that_cannot_be_served_is_refused_and_not_registered(
+    endpoint: Endpoint, model: str, status: int, said: str
+) -> None:
+    response = endpoint.put("x", model)
+    assert response.status_code == status, response.text
+    assert said in response.json()["error"]["message"].lower()
+    assert "x" not in endpoint.names()
+    assert endpoint.ask("base", max_tokens=1)
+    wait_until(lambda: endpoint.names() == [], "nothing of it is left")
+
+
+def test_the_bases_own_name_and_malformed_names_are_no_adapter_names(endpoint: Endpoint) -> None:
+    assert endpoint.put("base", "red@1").status_code == 409
+    assert endpoint.put("UPPER", "red@1").status_code == 400
+    assert endpoint.put("blue@1", "red@1").status_code == 400
+
+
+@pytest.mark.parametrize("query", ["wait=soon", "timeout=5", "wait=resident&timeout=nan", "wait=resident&timeout=-1"])
+def test_a_wait_that_makes_no_sense_is_400_and_registers_nothing(endpoint: Endpoint, query: str) -> None:
+    response = endpoint.http.put(f"/v1/adapters/red?{query}", json={"model": "red@1"})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["param"] in ("wait", "timeout")
+    assert endpoint.names() == []
+
+
+def test_unknown_parts_of_a_put_are_named(endpoint: Endpoint) -> None:
+    response = endpoint.http.put("/v1/adapters/red?now=1", json={"model": "red@1", "colour": "red"})
+    assert response.status_code in (200, 202)
+    assert response.headers["x-loray-ignored"] == "colour, ?now"
+    clear(endpoint)
+
+
+def test_the_serve_files_adapters_are_desired_under_their_labels(
+    config: ServeConfig, registry: Registry, settings: Settings
+) -> None:
+    from serve.app import prepare
+
+    registry.set_alias("blue", "production", 1)
+    values = {**config.model_dump(by_alias=True), "endpoint": "other", "adapters": ("red@1", "blue")}
+    desired = prepare(ServeConfig.model_validate(values), settings).files.read()
+    assert desired.epoch == 1
+    assert {label: entry.model for label, entry in desired.adapters.items()} == {"red@1": "red@1", "blue": "blue@1"}
+    assert desired.adapters["blue"].digest == registry.manifest(ModelRef.parse("blue@1")).digest

@@ -1,0 +1,260 @@
+"""The training loop without Ray, against an independent loop in plain PyTorch, and against itself stopped and resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from service import storage
+from service.errors import GateError, TrainingError
+from service.runs import Run
+from service.settings import Settings
+from service.training.loop import TrainJob, train
+from service.training.strategy import World
+from tests.integration import small_runs
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # PEFT 0.21 on transformers 5.23
+]
+# Float32 sums in another order: relative to losses near 4, after ten steps.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_runs.small_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return Settings(str(tmp_path_factory.mktemp("home")), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def run_file(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_runs.write_run_file(tmp_path_factory.mktemp("run"), base)
+
+
+@pytest.fixture(scope="module")
+def finished(run_file: Path, settings: Settings) -> tuple[Run, TrainJob]:
+    """The reference: one worker, never stopped."""
+    run, job = small_runs.make_job(run_file, settings, ["memory.micro=6"])
+    train(job, World.current())
+    return run, job
+
+
+def stop(run: Run, metrics: dict[str, float]) -> None:
+    run.request_stop("after a step")
+
+
+def losses(run: Run) -> list[float]:
+    return [row["train/loss"] for row in run.metrics() if "train/loss" in row]
+
+
+def oracle_losses(base: Path, rows: list[dict[str, Any]], order: list[list[int]], lr: float) -> list[float]:
+    """The same run in plain PyTorch, transformers and PEFT: a row at a time, dense head, one division by the tokens."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    seen = []
+    warm = math.ceil(len(order) / 10)
+    for step, drawn in enumerate(order):
+        total, count = torch.zeros(()), 0
+        for number in drawn:
+            messages = rows[number - 1]["messages"]
+            text = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            answer = tokenizer(messages[-1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+            ids = torch.tensor([prompt + answer])
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+            total = total + torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum")
+            count += len(answer)
+        torch.autograd.backward(total / count)
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        progress = (step - warm) / (len(order) - warm)
+        rate = (step + 1) / warm if step < warm else 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = lr * rate
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(float(total.detach()) / count)
+    return seen
+
+
+def test_losses_equal_a_plain_torch_loop_step_by_step(
+    base: Path, run_file: Path, finished: tuple[Run, TrainJob]
+) -> None:
+    run, _ = finished
+    rows = [json.loads(line) for line in (run_file.parent / "train.jsonl").read_text().splitlines()]
+    order = [row["ids"] for row in run.ledger()]
+    expected = oracle_losses(base, rows, order, lr=1e-2)
+    assert losses(run) == pytest.approx(expected, rel=TOLERANCE)
+    assert expected[-1] < 0.8 * expected[0]  # it learns, so equality is no coincidence of standing still
+
+
+def test_every_row_is_drawn_once_in_every_epoch(finished: tuple[Run, TrainJob]) -> None:
+    run, _ = finished
+    steps = [row["ids"] for row in run.ledger()]
+    assert [len(ids) for ids in steps] == [6, 6, 6, 2] * 2
+    for epoch in (steps[:4], steps[4:]):
+        assert sorted(number for ids in epoch for number in ids) == list(range(1, 21))
+    assert steps[:4] != steps[4:]
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_the_micro_batch_does_not_change_the_loss(
+    micro: int, run_file: Path, settings: Settings, finished: tuple[Run, TrainJob]
+) -> None:
+    run, job = small_runs.make_job(run_file, settings, [f"memory.micro={micro}", "optim.max_steps=4"])
+    train(job, World.current())
+    # Cut short, its cosine falls faster; the first two rates, and so the first three losses, are those of the long run.
+    assert losses(run)[:3] == pytest.approx(losses(finished[0])[:3], rel=TOLERANCE)
+
+
+def test_two_workers_give_the_losses_and_draws_of_one(
+    run_file: Path, settings: Settings, finished: tuple[Run, TrainJob], tmp_path: Path
+) -> None:
+    run, job = small_runs.make_job(run_file, settings, ["memory.micro=2"])
+    results = run_workers(job, 2, tmp_path)
+    assert losses(run) == pytest.approx(losses(finished[0]), rel=TOLERANCE)
+    assert [sorted(r["ids"]) for r in run.ledger()] == [sorted(r["ids"]) for r in finished[0].ledger()]
+    both = {name.split("-")[1] for name in storage.list_names(run.path("ledger"))}
+    assert both == {"r0", "r1"}  # each worker really drew a part
+    assert results["gate"]["alive"] == results["gate"]["total"] == 14
+
+
+def test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit(
+    run_file: Path, settings: Settings, finished: tuple[Run, TrainJob]
+) -> None:
+    run, job = small_runs.make_job(run_file, settings, ["memory.micro=6"])
+
+    steps = itertools.count(1)
+
+    def stop_after_three(metrics: dict[str, float]) -> None:
+        if next(steps) == 3:
+            run.request_stop("three steps are enough")
+
+    stopped = train(job, World.current(), stop_after_three)
+    assert stopped.stopped == "three steps are enough"
+    assert 3 <= stopped.step < 8
+    assert not storage.list_names(run.path("model"))
+    run.clear_stop()
+    train(dataclasses.replace(job, attempt=2), World.current())
+    assert losses(run) == losses(finished[0])
+    assert [r["ids"] for r in run.ledger()] == [r["ids"] for r in finished[0].ledger()]
+    assert saved_weights(run) == saved_weights(finished[0])
+
+
+def test_dropout_draws_do_not_depend_on_where_a_run_was_resumed(run_file: Path, settings: Settings) -> None:
+    runs = []
+    for attempts in (1, 2):
+        run, job = small_runs.make_job(run_file, settings, ["method.dropout=0.3", "optim.max_steps=5"])
+        if attempts == 2:
+            train(job, World.current(), functools.partial(stop, run))
+            run.clear_stop()
+            job = dataclasses.replace(job, attempt=2)
+        train(job, World.current())
+        runs.append(run)
+    assert losses(runs[0]) == losses(runs[1])
+    without, job = small_runs.make_job(run_file, settings, ["optim.max_steps=5"])
+    train(job, World.current())
+    assert losses(without)[0] == losses(runs[0])[0]  # B is still zero, so the adapter's dropout changes nothing
+    assert losses(without)[1] != losses(runs[0])[1]
+
+
+def test_only_the_adapter_is_saved_and_it_is_pefts_own_format(base: Path, finished: tuple[Run, TrainJob]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run, _ = finished
+    assert storage.list_names(run.path("model")) == ["adapter_config.json", "adapter_model.safetensors"]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.path("model"))
+    ranks = {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name}
+    assert ranks == {4}
+    assert len(saved_weights(run)) == 28
+
+
+def test_held_out_loss_equals_a_plain_computation(base: Path, finished: tuple[Run, TrainJob], run_file: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, _ = finished
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run.path("model")).eval()
+    total, count = 0.0, 0
+    for line in (run_file.parent / "eval.jsonl").read_text().splitlines():
+        question, answer = (m["content"] for m in json.loads(line)["messages"])
+        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        head, tail = (tokenizer(t, add_special_tokens=False)["input_ids"] for t in (prompt, f"{answer}<|im_end|>"))
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(tail), reduction="sum"))
+        count += len(tail)
+    assert run.metrics()[-1]["eval/loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_a_rate_that_blows_up_stops_the_run_and_names_the_rows(run_file: Path, settings: Settings) -> None:
+    run, job = small_runs.make_job(run_file, settings, ["optim.lr=1e30", "optim.clip=0", "optim.warmup=0"])
+    with pytest.raises(TrainingError, match=r"step \d+: loss .* rows \[[\d, ]+\] of .*train.jsonl"):
+        train(job, World.current())
+    assert not storage.list_names(run.path("model"))
+    assert "failed" in storage.read_bytes(run.path("logs", "a1-rank-00000.log")).decode()
+
+
+def test_an_adapter_that_learnt_nothing_does_not_pass_the_gate(run_file: Path, settings: Settings) -> None:
+    run, job = small_runs.make_job(run_file, settings, ["optim.lr=1e-45", "optim.max_steps=1"])
+    with pytest.raises(GateError, match="14 of 14 updates are zero"):
+        train(job, World.current())
+    assert not storage.list_names(run.path("model"))
+
+
+def saved_weights(run: Run) -> dict[str, list[float]]:
+    from safetensors.torch import load
+
+    tensors = load(storage.read_bytes(run.path("model", "adapter_model.safetensors")))
+    return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
+
+
+def run_workers(job: TrainJob, world_size: int, directory: Path) -> dict[str, Any]:
+    """The loop in `world_size` processes joined by gloo; the first one's result."""
+    file = directory / "job.json"
+    file.write_text(json.dumps(dataclasses.asdict(job)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, "-m", "tests.integration.loop_worker", str(file)]
+    processes = [
+        subprocess.Popen(
+            command, env={**os.environ, **common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for rank in range(world_size)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors.decode()[-2000:]
+    result: dict[str, Any] = json.loads(outputs[0][0].decode().strip().splitlines()[-1])
+    return result

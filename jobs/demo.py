@@ -26,10 +26,10 @@ from rich.console import Console
 
 from serve import app as serve_app
 from service import launcher, storage
-from service.config import ServeConfig, load_run, read_text
+from service.config import ServeConfig, load_run
 from service.data.formats import Row, read_rows
 from service.errors import LorayError
-from service.evaluation.answers import Comparison, compared, side_by_side, summary, with_system
+from service.evaluation.answers import Comparison, compared, read_prompt, side_by_side, summary, with_prompt
 from service.render import Message
 from service.runs import Run
 from service.settings import Settings, load_settings
@@ -76,13 +76,15 @@ def _serve_and_compare(base: str, run: Run, settings: Settings, console: Console
     name = model.split("@")[0]
     _put(f"{url}/v1/adapters/{name}?wait=resident", {"model": model})
     rows = read_rows(str(RECIPES / "data" / "tickets.eval.jsonl"))[:prompts]
-    schema = read_text(str(RECIPES / "data" / "tickets.schema.txt"), "schema prompt").strip()
+    before = read_prompt(str(RECIPES / "data" / "tickets.base-prompt.jsonl"))
     console.print(f"Asking both {len(rows)} held-out prompts, {CONCURRENT} at a time ...", highlight=False)
-    base_answers, answers = asyncio.run(_ask_both(url, base, model, rows, schema))
+    base_answers, answers = asyncio.run(_ask_both(url, base, model, rows, before))
     return compared(model, rows, base_answers, answers)
 
 
-async def _ask_both(url: str, base: str, model: str, rows: Sequence[Row], schema: str) -> tuple[list[str], list[str]]:
+async def _ask_both(
+    url: str, base: str, model: str, rows: Sequence[Row], before: Sequence[Message]
+) -> tuple[list[str], list[str]]:
     """Streamed answers of both. Base and adapter rows are in flight together, so they share the engine's batches."""
     client = AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0, timeout=600)
     slots = asyncio.Semaphore(CONCURRENT)
@@ -98,8 +100,8 @@ async def _ask_both(url: str, base: str, model: str, rows: Sequence[Row], schema
             )
             return "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
 
-    # The schema stands in the base's prompt only: the tuned model has learnt it.
-    pairs = [(ask(base, with_system(row.prompt(), schema)), ask(model, row.prompt())) for row in rows]
+    # The schema and an example stand in the base's prompt only: the tuned model has learnt them.
+    pairs = [(ask(base, with_prompt(row.prompt(), before)), ask(model, row.prompt())) for row in rows]
     answers = await asyncio.gather(*(question for pair in pairs for question in pair))
     await client.close()
     return answers[0::2], answers[1::2]

@@ -1,7 +1,7 @@
 """The demo task "tickets": a support message in, a small JSON ticket out.
 
-Writes `tickets.train.jsonl`, `tickets.eval.jsonl` (conversations) and `tickets.schema.txt` (the long system prompt that
-gives an untuned model a fair chance), the same bytes for the same seed:
+Writes `tickets.train.jsonl`, `tickets.eval.jsonl` (conversations) and `tickets.base-prompt.jsonl` (the schema and
+an example, which give an untuned model a fair chance), the same bytes for the same seed:
 
     python -m jobs.recipes.make_tickets                # jobs/recipes/data/
     python -m jobs.recipes.make_tickets --baseline     # what counting words achieves on the same split
@@ -209,21 +209,18 @@ SIGNATURES = ("Thanks, {name}|{name}|Greetings, {name}|{name} here", "Best, {nam
 PREFIXES = ("ABCDEFGH", "KMRT")
 
 
-def schema_prompt() -> str:
-    """The system prompt for a model that was not tuned: the fields, their closed sets, what each value means."""
-    return """Turn the customer's support message into one JSON object and write nothing else. It has four fields:
-"product": the product the message is about. "camera" (films or watches), "router" (wifi, internet, network), \
-"thermostat" (heating, temperature), "lock" (locks or opens a door), "speaker" (sound, music, voice).
-"category": what the customer needs. "defect" (the product is broken), "delivery" (shipping of the parcel), \
-"billing" (price, payment, invoice, refund), "setup" (how to install or configure it), \
-"account" (login, password, user).
-"severity": how hard the customer is hit. "urgent" (danger, work stands still, or it must be solved today), \
-"normal" (a nuisance, or to be solved within days), "minor" (no hurry and no effect).
-"order": the order number exactly as written, or null if the message has none. Serial, model, phone and other numbers \
-are not orders. Things that the message says are fine are not the topic.
-Example: The parcel was quick, but the doorbell cam is dead. Order Z-55555. Please come today.
-{"product":"camera","category":"defect","severity":"urgent","order":"Z-55555"}
-"""
+def base_prompt() -> list[dict[str, str]]:
+    """What stands before the message for a model that was not tuned: fields, closed sets, meanings, and an example."""
+    schema = """Turn the customer's message into one JSON object with four fields and write nothing else.
+"product": "camera", "router", "thermostat", "lock" or "speaker": what the message is about.
+"category": "defect" (broken), "delivery" (shipping), "billing" (payment, invoice, refund), "setup" (installing, using) \
+or "account" (login, password).
+"severity": "urgent" (today), "normal" (within days) or "minor" (no hurry).
+"order": the order number as written, or null if there is none. Serial, model and phone numbers are no orders."""
+    message = "The parcel was quick, but the doorbell cam is dead. Order Z-55555. Please come today."
+    ticket = {"product": "camera", "category": "defect", "severity": "urgent", "order": "Z-55555"}
+    turns = (("system", schema), ("user", message), ("assistant", _compact(ticket)))
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def wordings(packed: str) -> list[str]:
@@ -274,7 +271,7 @@ def make_rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
     """The conversations of one split, without duplicates."""
     rows: dict[str, dict[str, Any]] = {}
     for text, ticket in messages(random.Random(f"{split}-{seed}"), split):
-        turns = (("system", SYSTEM_PROMPT), ("user", text), ("assistant", json.dumps(ticket, separators=(",", ":"))))
+        turns = (("system", SYSTEM_PROMPT), ("user", text), ("assistant", _compact(ticket)))
         rows[text] = {"messages": [{"role": role, "content": content} for role, content in turns]}
         if len(rows) == NUM_ROWS[split]:
             return list(rows.values())
@@ -282,12 +279,17 @@ def make_rows(split: str, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def write(out: Path, seed: int = 0) -> list[Path]:
-    """Both splits and the schema prompt under `out`."""
+    """Both splits and the base's prompt under `out`."""
     out.mkdir(parents=True, exist_ok=True)
     texts = {f"tickets.{split}.jsonl": _jsonl(make_rows(split, seed)) for split in NUM_ROWS}
-    for name, text in (texts | {"tickets.schema.txt": schema_prompt()}).items():
+    texts["tickets.base-prompt.jsonl"] = _jsonl([{"messages": base_prompt()}])
+    for name, text in texts.items():
         (out / name).write_bytes(text.encode())
-    return [out / name for name in (*texts, "tickets.schema.txt")]
+    return [out / name for name in texts]
+
+
+def _compact(ticket: dict[str, str | None]) -> str:
+    return json.dumps(ticket, separators=(",", ":"))
 
 
 def _jsonl(rows: list[dict[str, Any]]) -> str:

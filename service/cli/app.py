@@ -8,7 +8,6 @@ Every heavy import stands inside the command that needs it. Commands about runs 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -116,20 +115,21 @@ def chat(
 def evaluate(
     model: Annotated[str, typer.Argument(help="a published model, for example tickets@1")],
     data: Annotated[str, typer.Option(help="a data file with prompts and their reference answers")],
-    base_system: Annotated[Path | None, typer.Option(help="a text file: the system prompt for the base only")] = None,
+    base_prompt: Annotated[
+        str | None, typer.Option(help="a data file of one row, put before each prompt for the base only")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="only the first rows")] = None,
     show: Annotated[int, typer.Option(min=0, help="answers to show side by side")] = 3,
     json: Json = False,
 ) -> None:
     """Score a model's answers on a data file, its base beside it."""
-    from service.config import read_text
     from service.domain import ModelRef
     from service.evaluation import answers
     from service.settings import load_settings
 
     ref = ModelRef.parse(model)
-    system = read_text(str(base_system), "--base-system").strip() if base_system else None
-    comparison = answers.compare(ref, data, load_settings(), base_system=system, limit=limit)
+    before = answers.read_prompt(base_prompt) if base_prompt else ()
+    comparison = answers.compare(ref, data, load_settings(), base_prompt=before, limit=limit)
     if json:
         scores = {"base": comparison.base.as_metrics(), "tuned": comparison.tuned.as_metrics()}
         print_json({"model": comparison.model, "prompts": len(comparison.rows), **scores})

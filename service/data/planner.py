@@ -75,11 +75,11 @@ def share_of_rank(batches: Sequence[Sequence[int]], lengths: Sequence[int], rank
 
 
 def auto_micro_rows(batch_rows: int, workers: int, longest: int) -> int:
-    """Rows of a micro-batch by itself: two micro-batches a worker where they keep 4 rows, within MICRO_TOKENS tokens.
+    """Rows of a micro-batch by itself: two micro-batches a worker where they keep 2 rows, within MICRO_TOKENS tokens.
 
-    Two smaller ones pad less and balance better over the workers than one large one.
+    Rows of like length stand together, so one micro-batch a worker would give one the short rows and another the long.
     """
     share = math.ceil(batch_rows / workers)
-    if share >= 8:
+    if share >= 4:
         share = math.ceil(share / 2)
     return max(1, min(share, MICRO_TOKENS // max(1, longest)))

@@ -3,7 +3,7 @@
     comparison = compare(registry.resolve(ModelRef.parse("tickets@1")), "eval.jsonl", settings)
 
 Greedy decoding. The prompts are the rows' messages before the last assistant's turn, that turn is the reference. The base
-may be given a system prompt of its own (`base_system`), so that it knows what the tuned model has learnt.
+may be given messages of its own before them (`base_prompt`: a schema, an example), to know what the tuned one has learnt.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from service.base_models import resolve_base_model
 from service.config import RunConfig
 from service.data.formats import Row, read_rows
 from service.domain import ModelRef
-from service.errors import ModelError
+from service.errors import DataError, ModelError
 from service.evaluation.task import TaskScores, score_json
 from service.inference.engine import GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
@@ -83,7 +83,7 @@ class LoadedModel:
 
 
 def compare(
-    ref: ModelRef, data: str, settings: Settings, *, base_system: str | None = None, limit: int | None = None
+    ref: ModelRef, data: str, settings: Settings, *, base_prompt: Sequence[Message] = (), limit: int | None = None
 ) -> Comparison:
     """Both models' answers to a data file. Raises DataError, NotFoundError, ModelError."""
     rows = read_rows(data)[:limit]
@@ -92,7 +92,7 @@ def compare(
     lengths = [len(model.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
     # Room for half as much again as the longest reference: a model that never stops must not take for ever.
     max_tokens = max(lengths) * 3 // 2 + 16
-    base_prompts = [with_system(row.prompt(), base_system) for row in rows]
+    base_prompts = [with_prompt(row.prompt(), base_prompt) for row in rows]
     base_answers = model.answers(base_prompts, tuned=False, max_tokens=max_tokens)
     tuned_answers = model.answers([row.prompt() for row in rows], tuned=True, max_tokens=max_tokens)
     return compared(model.manifest.ref, rows, base_answers, tuned_answers)
@@ -105,11 +105,19 @@ def compared(model: str, rows: list[Row], base_answers: list[str], tuned_answers
     return Comparison(model, rows, base_answers, tuned_answers, base, tuned)
 
 
-def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """The messages with their system prompt replaced, or as they are when `system` is None."""
-    if system is None:
-        return list(messages)
-    return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+def with_prompt(messages: Sequence[Message], before: Sequence[Message]) -> list[Message]:
+    """`before`, then the messages without their system prompt; just the messages when `before` is empty."""
+    return [*before, *(m for m in messages if m["role"] != "system" or not before)]
+
+
+def read_prompt(uri: str) -> tuple[Message, ...]:
+    """The messages of a data file's only row. Raises DataError."""
+    rows = read_rows(uri)
+    if len(rows) != 1:
+        raise DataError(
+            f"{uri} has {len(rows)} rows. A base prompt is one row: the messages to put before each prompt."
+        )
+    return rows[0].messages
 
 
 def side_by_side(comparison: Comparison, num_rows: int) -> Any:

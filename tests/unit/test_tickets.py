@@ -16,7 +16,7 @@ import pytest
 from jobs.recipes import make_tickets
 from jobs.recipes.make_tickets import DATA, FIELDS, NUM_ROWS, PROBLEMS, PRODUCTS, SEVERITIES, make_rows, wordings
 
-FILES = ("tickets.train.jsonl", "tickets.eval.jsonl", "tickets.schema.txt")
+FILES = ("tickets.train.jsonl", "tickets.eval.jsonl", "tickets.base-prompt.jsonl")
 TABLES = {"product": PRODUCTS, "category": PROBLEMS, "severity": SEVERITIES}
 PAIRS = {
     name: getattr(make_tickets, name) for name in ("OTHER_PRODUCT", "ORDERS", "OTHER_NUMBERS", "NAMES", "SIGNATURES")
@@ -109,8 +109,8 @@ def test_messages_are_unique() -> None:
     assert len(texts) == len(set(texts))
 
 
-def test_the_schema_prompt_names_every_field_and_every_value() -> None:
-    prompt = make_tickets.schema_prompt()
+def test_the_base_prompt_names_every_field_and_every_value() -> None:
+    prompt = make_tickets.base_prompt()[0]["content"]
     for name in (*FIELDS, *itertools.chain.from_iterable(TABLES.values())):
         assert f'"{name}"' in prompt
 

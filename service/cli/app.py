@@ -35,13 +35,14 @@ Address = Annotated[str | None, typer.Option(help="a Ray dashboard, http://host:
 @app.command()
 def plan(run_file: RunFile, overrides: Overrides = [], json: Json = False) -> None:  # noqa: B006 - typer copies it
     """Show what a run would do: config, data card, steps, parameters, bytes per worker. Trains nothing."""
-    from service.cli.planned import plan_tables
     from service.config import load_run
     from service.settings import load_settings
+
+    resolved, settings = load_run(run_file, overrides), load_settings()  # a typo is told before torch is imported
+    from service.cli.planned import plan_tables
     from service.training.plan import make_run_plan
 
-    resolved = load_run(run_file, overrides)
-    run_plan, _ = make_run_plan(resolved, load_settings())
+    run_plan, _ = make_run_plan(resolved, settings)
     if json:
         print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json()})
         return

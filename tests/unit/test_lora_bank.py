@@ -41,13 +41,14 @@ def test_every_row_gets_its_own_adapter_and_base_rows_are_untouched(model: Llama
     base = {name: bank.modules[name](x) for name in (Q, UP)}
     for digest, tensors in adapters.items():
         bank.install(digest, tensors)
-    bank.select(["c", None, "b", "a"])
+    rows: list[str | None] = ["c", None, "b", "a"]
+    bank.select(rows)
     for name in (Q, UP):
         y = bank.modules[name](x)
-        for row, digest in enumerate(["c", None, "b", "a"]):
+        for row, wanted in enumerate(rows):
             expected = base[name][row].clone()
-            if digest and name in adapters[digest]:
-                expected += _delta(x[row], adapters[digest], name)
+            if wanted and name in adapters[wanted]:
+                expected += _delta(x[row], adapters[wanted], name)
             torch.testing.assert_close(y[row], expected)
         assert torch.equal(y[1], base[name][1])
 

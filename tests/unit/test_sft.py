@@ -57,7 +57,7 @@ def _examples(*lengths: int, seed: int = 0) -> list[TokenArrays]:
 
 def _dense(model: Any, batch: Batch) -> torch.Tensor:
     """-log p of each supervised token, summed, from all logits: the definition."""
-    logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits
+    logits_BTV = model(input_ids=batch.ids_BT).logits
     log_p = logits_BTV[:, :-1].log_softmax(-1).gather(-1, batch.ids_BT[:, 1:, None])[..., 0]
     loss: torch.Tensor = -(log_p * batch.trained_BT[:, 1:]).sum()
     return loss
@@ -106,9 +106,10 @@ def test_padding_changes_no_loss() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_padding_is_neither_attended_to_nor_trained() -> None:
-    batch = collate(_examples(3, 7), CPU)
-    assert batch.attention_BT.tolist() == [[1, 1, 1, 0, 0, 0, 0], [1] * 7]
+def test_padding_stands_on_the_right_and_is_not_trained() -> None:
+    short, long = _examples(3, 7)
+    batch = collate([short, long], CPU)
+    assert batch.ids_BT[0].tolist() == [*short[0].tolist(), 0, 0, 0, 0]
     assert not batch.trained_BT[0, 3:].any()
 
 

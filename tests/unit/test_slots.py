@@ -64,7 +64,8 @@ def test_a_nan_left_by_one_request_is_gone_before_the_next() -> None:
 
 
 def test_rows_keep_their_content_under_random_joins_and_leaves() -> None:
-    cache, rng, content = _cache(), random.Random(5), []
+    cache, rng = _cache(), random.Random(5)
+    content: list[list[float]] = []
     for step in range(300):
         if content and (len(content) == SLOTS or rng.random() < 0.3):
             row = rng.randrange(len(content))

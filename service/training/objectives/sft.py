@@ -26,7 +26,6 @@ class Batch:
     """A padded micro-batch. `trained_BT[b, t]` says that the prediction *of* token t is trained."""
 
     ids_BT: torch.Tensor
-    attention_BT: torch.Tensor
     trained_BT: torch.Tensor
 
     @property
@@ -36,16 +35,17 @@ class Batch:
 
 
 def collate(examples: Sequence[TokenArrays], device: torch.device) -> Batch:
-    """Pad examples on the right. Padding is neither attended to nor trained."""
+    """Pad examples on the right. No attention mask is needed: a causal model's tokens never see what stands after them.
+
+    Without one, attention takes its faster causal form. Padding is never trained.
+    """
     longest = max(len(ids) for ids, _ in examples)
     ids_BT = torch.zeros(len(examples), longest, dtype=torch.long)
-    attention_BT = torch.zeros(len(examples), longest, dtype=torch.long)
     trained_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
     for row, (ids, mask) in enumerate(examples):
         ids_BT[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-        attention_BT[row, : len(ids)] = 1
         trained_BT[row, : len(ids)] = torch.from_numpy(mask.astype(bool))
-    return Batch(ids_BT.to(device), attention_BT.to(device), trained_BT.to(device))
+    return Batch(ids_BT.to(device), trained_BT.to(device))
 
 
 class SupervisedLoss:
@@ -99,12 +99,12 @@ class SupervisedLoss:
         return torch.cat(parts)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        output = self._decoder(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False)
+        output = self._decoder(input_ids=batch.ids_BT, use_cache=False)
         hidden_ND: torch.Tensor = output.last_hidden_state[:, :-1][batch.trained_BT[:, 1:]]
         return hidden_ND
 
     def _own_logits(self, batch: Batch) -> torch.Tensor:
-        output = self._causal(input_ids=batch.ids_BT, attention_mask=batch.attention_BT, use_cache=False)
+        output = self._causal(input_ids=batch.ids_BT, use_cache=False)
         logits_NV: torch.Tensor = output.logits[:, :-1][batch.trained_BT[:, 1:]]
         return logits_NV
 

@@ -24,10 +24,10 @@ from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
 
-from serve import app as serve_app
 from service import launcher, storage
 from service.config import ServeConfig, load_run
 from service.data.formats import Row, read_rows
+from service.domain import RunState
 from service.errors import LorayError
 from service.evaluation.answers import Comparison, compared, read_prompt, side_by_side, summary, with_prompt
 from service.render import Message
@@ -47,17 +47,20 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     started = time.monotonic()
+    launcher.use_token_authentication()  # before anything imports Ray, which reads the mode once
     try:
         settings = load_settings()
         resolved = load_run(str(RECIPES / "tickets.yaml"))
         run = train_run(resolved, settings, console)
+        if run.status().state is not RunState.SUCCEEDED:
+            return 130  # stopped by hand
         trained = time.monotonic()
         comparison = _serve_and_compare(resolved.config.model.id, run, settings, console, given.prompts)
     except LorayError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
         return 1
     finally:
-        _stop_all()
+        _stop_ray()
     _add_to_report(run, comparison)
     console.print(side_by_side(comparison, SHOWN))
     took = f"trained in {trained - started:.0f} s, served and compared in {time.monotonic() - trained:.0f} s"
@@ -68,17 +71,27 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve_and_compare(base: str, run: Run, settings: Settings, console: Console, prompts: int) -> Comparison:
     """Start the server with the base alone, load the adapter while it runs, ask both."""
+    from serve import app as serve_app
+
     model = str(run.status().details["model"])
     port = _free_port()
     config = ServeConfig.model_validate({"endpoint": "demo", "model": base, "port": port})
     url = serve_app.start(config, settings)
-    console.print(f"Serving {base} at {url}/v1; loading {model} while it runs ...", highlight=False)
-    name = model.split("@")[0]
-    _put(f"{url}/v1/adapters/{name}?wait=resident", {"model": model})
+    try:
+        console.print(f"Serving {base} at {url}/v1; loading {model} while it runs ...", highlight=False)
+        return _compare(url, base, model, prompts, console)
+    finally:
+        serve_app.stop(config.endpoint)
+
+
+def _compare(url: str, base: str, model: str, prompts: int, console: Console) -> Comparison:
+    adapter = f"{url}/v1/adapters/{model.split('@')[0]}"
+    _call("PUT", f"{adapter}?wait=resident", {"model": model})
     rows = read_rows(str(RECIPES / "data" / "tickets.eval.jsonl"))[:prompts]
     before = read_prompt(str(RECIPES / "data" / "tickets.base-prompt.jsonl"))
     console.print(f"Asking both {len(rows)} held-out prompts, {CONCURRENT} at a time ...", highlight=False)
     base_answers, answers = asyncio.run(_ask_both(url, base, model, rows, before))
+    _call("DELETE", adapter)
     return compared(model, rows, base_answers, answers)
 
 
@@ -107,9 +120,10 @@ async def _ask_both(
     return answers[0::2], answers[1::2]
 
 
-def _put(url: str, body: dict[str, str]) -> None:
+def _call(method: str, url: str, body: dict[str, str] | None = None) -> None:
+    data = None if body is None else json.dumps(body).encode()
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, json.dumps(body).encode(), headers, method="PUT")  # noqa: S310 - our own URL
+    request = urllib.request.Request(url, data, headers, method=method)  # noqa: S310 - our own URL
     with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
         answer.read()
 
@@ -138,14 +152,13 @@ def _free_port() -> int:
     raise LorayError("no port is free on 127.0.0.1.")
 
 
-def _stop_all() -> None:
+def _stop_ray() -> None:
+    """The cluster that the demo started, or its connection to another."""
     import ray
 
-    serve_app.stop()
     ray.shutdown()
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the bundled base needs no hub
-    launcher.use_token_authentication()
     sys.exit(main())

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if (given.run_file is None) == (given.resume is None):
         parser.error("give a run file, or --resume RUN")
+    if given.resume and (given.set or given.run_id):
+        parser.error("--set and --run-id cannot go with --resume: a run goes on as it is")
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         settings = load_settings()

@@ -1,8 +1,9 @@
 """Keeps one replica's adapters as the endpoint's desired state wants them: a thread, a lock, and the effects.
 
 The thread polls `desired.json` every second, asks `adapters.AdapterTable` what to do, does it (fetch from the registry,
-load into and unload from the engine) off the decode path, and publishes what came of it. Requests are counted in and out
-here. What is decided, and why, is in `adapters.py`; this file imports no Ray and no HTTP.
+load into and unload from the engine) off the decode path, and publishes what came of it. A second thread is the
+heartbeat: a load that takes minutes does not make the replica look dead. Requests are counted in and out here. What is
+decided, and why, is in `adapters.py`; this file imports no Ray and no HTTP.
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ _log = logging.getLogger(__name__)
 class AdapterSync:
     """One replica's adapters. `admit` belongs to one event loop; `release` and `close` may be called from any thread."""
 
-    def __init__(self, engine: Engine, files: EndpointFiles, base_digest: str, replica: str, cache: Path) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        files: EndpointFiles,
+        base_digest: str,
+        replica: str,
+        cache: Path,
+        heartbeat_every_s: float = HEARTBEAT_EVERY_S,
+    ) -> None:
         self._engine, self._files, self._cache = engine, files, cache
         self._registry = Registry(files.home)
         self._base_digest, self._replica = base_digest, replica
@@ -40,26 +49,35 @@ class AdapterSync:
         self._lock = threading.Lock()
         self._running = 0
         self._wake = threading.Event()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
+        self._heartbeat_every_s = heartbeat_every_s
+        self._publishing = threading.Lock()
         self._published: ReplicaReport | None = None
-        self._thread = threading.Thread(target=self._run, name="loray-adapters", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, name="loray-adapters", daemon=True),
+            threading.Thread(target=self._beat, name="loray-heartbeat", daemon=True),
+        ]
 
     def start(self) -> None:
-        """Take over the desired state once, so that the first report is a true one, then go on in the thread."""
+        """Take over the desired state once, so that the first report is a true one, then go on in the threads."""
         for report in self._files.reports():
             if time.time() - report.heartbeat_at > FORGET_AFTER_S:
                 self._files.delete_report(report.replica)
         self._step()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
-        """Stop the thread and take the report away."""
-        self._stopping = True
+        """Stop the threads and take the report away."""
+        self._stopping.set()
         self._wake.set()
-        self._thread.join(timeout=10)
-        self._files.delete_report(self._replica)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=10)
+        with self._publishing:  # a thread that is still loading does not publish any more
+            self._files.delete_report(self._replica)
 
     async def admit(self, target: Target, epoch: int) -> Target:
         """Who answers a request for `target`, counted in until `release`; waits while the adapter is loaded.
@@ -120,8 +138,17 @@ class AdapterSync:
             return target
         return Target(self._table.adapters[digest].model, digest, target.label)
 
+    def _beat(self) -> None:
+        while not self._stopping.wait(self._heartbeat_every_s):
+            try:
+                self._publish()
+            except StorageError as error:
+                _log.warning("the heartbeat could not be written: %s", error)
+            except Exception:
+                _log.exception("the heartbeat could not be written; trying again")
+
     def _run(self) -> None:
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._wake.wait(POLL_EVERY_S)
             self._wake.clear()
             try:
@@ -136,12 +163,13 @@ class AdapterSync:
         with self._lock:
             self._table.want(desired.epoch, desired.adapters)
         self._notify()
-        while not self._stopping:
+        while not self._stopping.is_set():
             with self._lock:
                 action = self._table.next_action(self._engine.free_columns)
             if action is None or not self._carry_out(action):
                 break
             self._notify()
+            self._publish()
         self._notify()
         self._publish()
 
@@ -183,8 +211,8 @@ class AdapterSync:
             with self._lock:
                 self._table.short(action.digest, f"cannot be fetched yet: {error}")
             return
-        except LorayError as error:
-            problem = str(error)
+        except Exception as error:
+            problem = _reason(error, action.model)
         with self._lock:
             if problem:
                 self._table.refuse(action.digest, problem)
@@ -207,23 +235,22 @@ class AdapterSync:
             with self._lock:
                 self._table.short(digest, str(error))
         except Exception as error:
-            if not isinstance(error, LorayError):
-                _log.exception("adapter %s could not be loaded", model)
             with self._lock:
-                self._table.refuse(digest, str(error) or type(error).__name__)
+                self._table.refuse(digest, _reason(error, model))
         else:
             with self._lock:
                 self._table.loaded(digest, info.num_columns)
 
     def _publish(self) -> None:
         """Write the report if it says something new, or for the heartbeat."""
-        report = self._report()
-        last = self._published
-        nothing_new = last and last.model_copy(update={"heartbeat_at": report.heartbeat_at}) == report
-        if last and nothing_new and report.heartbeat_at - last.heartbeat_at < HEARTBEAT_EVERY_S:
-            return
-        self._files.write_report(report)
-        self._published = report
+        with self._publishing:
+            report, last = self._report(), self._published
+            same = last is not None and last.model_copy(update={"heartbeat_at": report.heartbeat_at}) == report
+            age_s = report.heartbeat_at - last.heartbeat_at if last else 0.0
+            if self._stopping.is_set() or (same and 0 <= age_s < 0.9 * self._heartbeat_every_s):
+                return
+            self._files.write_report(report)
+            self._published = report
 
     def _report(self) -> ReplicaReport:
         with self._lock:
@@ -246,3 +273,11 @@ class AdapterSync:
             serving=serving,
             adapters=adapters,
         )
+
+
+def _reason(error: Exception, model: str) -> str:
+    """Why an adapter is refused; an error nobody expected goes to the log with its traceback."""
+    if not isinstance(error, LorayError):
+        _log.error("adapter %s could not be fetched or loaded", model, exc_info=error)
+        return f"{type(error).__name__}: {error}"
+    return str(error) or type(error).__name__

@@ -5,7 +5,7 @@
 
 Identity is the digest: a label that now means another version is a new entry, and the old one drains by reference count.
 While the new one loads, the label's old version of the same family keeps answering. When columns are short, the least
-recently used adapter without running requests is evicted; one in use never is. `replica.py` carries out the actions.
+recently used adapter without running or waiting requests is evicted; one in use never is. `replica.py` carries out the actions.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class Adapter:
     columns: int = 0  # needed; known once cached
     running: int = 0
     waiting: int = 0
+    waiting_since: int = 0  # by the table's clock: the one that is waited for longest is loaded first
     fresh: bool = True  # PUT and not loaded since: loads without being asked for
     since: int = 0
     last_used: int = 0
@@ -145,7 +146,11 @@ class AdapterTable:
 
     def wait(self, digest: str) -> None:
         """A request waits for this adapter: it is loaded, and if columns are short an idle one makes room."""
-        self.adapters[digest].waiting += 1
+        adapter = self.adapters[digest]
+        if not adapter.waiting:
+            self._clock += 1
+            adapter.waiting_since = self._clock
+        adapter.waiting += 1
 
     def stop_waiting(self, digest: str) -> None:
         """It waits no more: it was let in, or gave up."""
@@ -224,13 +229,15 @@ class AdapterTable:
     def _to_load(self) -> list[Adapter]:
         """Wanted and not resident: those that requests wait for first, then new ones; never those evicted for others."""
         absent = [a for a in self.adapters.values() if a.wanted and not a.resident and not a.refusal]
-        return sorted((a for a in absent if a.waiting or a.fresh), key=lambda a: a.waiting == 0)
+        return sorted((a for a in absent if a.waiting or a.fresh), key=lambda a: (a.waiting == 0, a.waiting_since))
 
     def _make_room(self, adapter: Adapter, free_columns: int) -> Action | None:
         """Load it, or evict the least recently used idle adapter if evicting can make enough room, or leave it pending."""
         if adapter.columns <= free_columns and not adapter.shortage:
             return Load(adapter.digest)
-        idle = sorted((a for a in self.adapters.values() if a.resident and a.running == 0), key=lambda a: a.last_used)
+        # One that was just loaded for a waiting request is not idle: else two that are waited for evict each other.
+        unused = [a for a in self.adapters.values() if a.resident and a.running == 0 and a.waiting == 0]
+        idle = sorted(unused, key=lambda a: a.last_used)
         short_by = max(1, adapter.columns - free_columns)
         if sum(a.columns for a in idle) >= short_by:
             return self._unload(idle[0])

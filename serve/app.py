@@ -1,6 +1,7 @@
 """Puts an endpoint on Ray Serve: `build` for `serve run serve.app:build model=NAME`, `start` and `stop` for Python.
 
     url = start(load_serve("serve.yaml"), load_settings())     # http://127.0.0.1:8000, ready for requests
+    stop("default")                                            # the endpoint's name, as the file gives it
 
 What can be known to be wrong (config, base model, adapters, port, resources) is found before anything is deployed; what
 fails later is deleted again. It listens on loopback only: there are no API keys, so there is no option for the host.
@@ -27,11 +28,13 @@ from ray.serve.schema import LoggingConfig
 
 from serve.desired import Base, EndpointFiles
 from serve.gateway import Gateway
-from serve.registration import default_label, registrable
+from serve.registration import default_label, register, registrable
 from serve.replica import EngineReplica
+from serve.routing import Registered
+from service import launcher
 from service.base_models import BUNDLED, resolve_base_model
 from service.config import ServeConfig, read_text, validated
-from service.errors import ClusterError, ConfigError, LorayError
+from service.errors import ClusterError, ConfigError, LorayError, StorageError
 from service.registry import Registry
 from service.render import load_renderer
 from service.settings import Settings, load_settings
@@ -45,16 +48,19 @@ _START_LIMIT_S = 1800.0  # reading a 70B model from a network disk
 _ROUTE_LIMIT_S = 60.0
 _LOOK_EVERY_S = 0.2
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_DEPLOY_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A config whose base model and adapters exist and fit together."""
+    """A config whose base model and adapters exist and fit together. `adapters` are to be registered, by label."""
 
     config: ServeConfig
     settings: Settings
     base: Base
     files: EndpointFiles
+    adapters: dict[str, Registered]
 
 
 def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
@@ -63,46 +69,55 @@ def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
     prepared = prepare(config, load_settings())
     if ray.is_initialized():
         _check_loopback(port=None)
+    register(prepared.files, prepared.adapters)
     return application(prepared)
 
 
 def start(config: ServeConfig, settings: Settings) -> str:
     """Deploy and wait until it answers; the base URL. Connects to Ray, or starts a local one, if that was not done.
 
-    Raises LorayError; nothing of the endpoint is left on the cluster then.
+    Raises LorayError; nothing of the endpoint is left then, in the cluster or in its desired state, and what others serve
+    there is not touched. So `stop` belongs to a start that has returned.
     """
     prepared = prepare(config, settings)
-    _connect()
-    _check_free(config)
+    launcher.connect()
+    serve_was_running = _check_free(config)
     name = f"{_PREFIX}{config.endpoint}"
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    registration = register(prepared.files, prepared.adapters)  # the replicas read it when they start
     try:
         ray_serve.start("HeadOnly", {"host": HOST, "port": config.port}, logging_config=_QUIET)
         target = ray_serve.RunTarget(application(prepared), name=name, route_prefix="/", logging_config=_QUIET)
         ray_serve.run_many([target], wait_for_applications_running=False)
         _await_running(name)
         return _await_route(name, config.port)
-    except (RayError, RayServeException, RuntimeError, TimeoutError, KeyboardInterrupt) as error:
-        ray_serve.delete(name)
-        if isinstance(error, (LorayError, KeyboardInterrupt)):
+    except BaseException as error:
+        try:
+            registration.take_back()
+        except StorageError as second:  # the first error is the one to tell
+            _log.warning("the adapters of endpoint %r stay registered: %s", config.endpoint, second)
+        _take_off(name, shut_down=not serve_was_running)
+        if isinstance(error, LorayError) or not isinstance(error, _DEPLOY_ERRORS):
             raise
         raise ClusterError(f"endpoint {config.endpoint!r} could not be deployed: {error}") from error
 
 
-def stop() -> None:
-    """Let running requests finish and take loray's endpoints off the cluster; Ray itself keeps running."""
-    if not ray.is_initialized():
-        return
-    applications = ray_serve.status().applications
-    ours = [name for name in applications if name.startswith(_PREFIX)]
-    for name in ours:
+def stop(endpoint: str) -> None:
+    """Let running requests finish and take this endpoint off the cluster; other applications and Ray keep running."""
+    if ray.is_initialized():
+        _take_off(f"{_PREFIX}{endpoint}", shut_down=True)
+
+
+def _take_off(name: str, *, shut_down: bool) -> None:
+    """Delete one application, and with `shut_down` Serve too where no other application needs it."""
+    if name in ray_serve.status().applications:
         ray_serve.delete(name)
-    if len(ours) == len(applications):
+    if shut_down and not ray_serve.status().applications:
         ray_serve.shutdown()
 
 
 def prepare(config: ServeConfig, settings: Settings) -> Prepared:
-    """Resolve and check base model and adapters, and register the adapters as desired. Needs no Ray."""
+    """Resolve and check base model and adapters. Writes nothing, needs no Ray."""
     resolved = resolve_base_model(config.model.id, settings.cache, config.model.revision)
     template = config.model.chat_template
     template = None if template is None else read_text(template, "model.chat_template")
@@ -115,8 +130,7 @@ def prepare(config: ServeConfig, settings: Settings) -> Prepared:
         renderer_digest=load_renderer(resolved.path, template).digest,
     )
     files = EndpointFiles(settings.home, config.endpoint)
-    _register(config, base, files)
-    return Prepared(config, settings, base, files)
+    return Prepared(config, settings, base, files, _adapters(config, base, Registry(settings.home)))
 
 
 def application(prepared: Prepared) -> ray_serve.Application:
@@ -151,22 +165,18 @@ def application(prepared: Prepared) -> ray_serve.Application:
     return gateway.bind(prepared.base, prepared.files, replicas)
 
 
-def _register(config: ServeConfig, base: Base, files: EndpointFiles) -> None:
-    """Add the config's adapters to the desired state, all checked before the first is written."""
-    registry = Registry(files.home)
+def _adapters(config: ServeConfig, base: Base, registry: Registry) -> dict[str, Registered]:
+    """The config's adapters by label, or ConfigError with all that is wrong with them."""
     problems, wanted = [], {}
     for model in config.adapters:
         try:
-            label = default_label(model)
+            label = default_label(model, registry)
             wanted[label] = registrable(label, model, base, registry)
         except LorayError as error:
             problems.append(f"  adapters: {error}")
     if problems:
         raise ConfigError("\n".join([f"endpoint {config.endpoint!r} cannot start with these adapters:", *problems]))
-    if wanted:
-        files.change(
-            lambda now, epoch: {**now, **{k: v.model_copy(update={"since": epoch}) for k, v in wanted.items()}}
-        )
+    return wanted
 
 
 def _typed(args: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,32 +199,23 @@ def _source(name: str, path: Path) -> str:
     return str(path) if _is_directory(name) else name
 
 
-def _connect() -> None:
-    if ray.is_initialized():
-        return
-    try:
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
-    except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(
-            f"Ray cannot be reached or started: {error}. Check RAY_ADDRESS and RAY_AUTH_MODE."
-        ) from error
-
-
-def _check_free(config: ServeConfig) -> None:
-    """Port, name and CPUs, before anything is deployed."""
+def _check_free(config: ServeConfig) -> bool:
+    """Port, name and CPUs, before anything is written or deployed. Whether Serve runs already."""
     taken = [name for name in ray_serve.status().applications if name.startswith(_PREFIX)]
     if taken:
         raise ClusterError(
             f"this cluster serves endpoint {taken[0].removeprefix(_PREFIX)!r} already, and it holds one endpoint. "
             "Stop it first, or register adapters there: PUT /v1/adapters/NAME."
         )
-    if not _check_loopback(config.port):
+    running = _check_loopback(config.port)
+    if not running:
         _check_port(config.port)
     needed, total = _GATEWAY_CPUS + config.replicas * _ENGINE_CPUS, _cluster_total("CPU")
     if total < needed:
         raise ClusterError(
             f"{config.replicas} replicas need {needed:g} CPUs and the cluster has {total:g}. Lower replicas."
         )
+    return running
 
 
 def _check_loopback(port: int | None) -> bool:
@@ -282,7 +283,7 @@ def _await_route(name: str, port: int) -> str:
                 if name in response.read().decode():
                     return url
         except OSError as error:  # URLError is one: the proxy is not up yet
-            logging.getLogger(__name__).debug("%s does not answer yet: %s", url, error)
+            _log.debug("%s does not answer yet: %s", url, error)
         time.sleep(_LOOK_EVERY_S)
     raise ClusterError(
         f"the HTTP proxy at {url} does not know {name} after {_ROUTE_LIMIT_S:g} s. Look at `serve status`."

@@ -22,7 +22,7 @@ from serve.desired import Base, Desired, EndpointFiles
 from serve.http_errors import HANDLERS
 from serve.openai_answers import Answer, models_body
 from serve.openai_api import parse_chat, parse_object
-from serve.registration import registrable
+from serve.registration import Registration, register, registrable
 from serve.replica import Started
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from service.domain import ModelRef
@@ -33,7 +33,7 @@ ROUTES_AGE_S = 1.0
 _WAIT_EVERY_S = 0.1
 _log = logging.getLogger(__name__)
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
-http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
+http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS, middleware=http_body.HOSTS)
 
 
 @ray_serve.ingress(http)
@@ -98,10 +98,10 @@ class Gateway:
         if not isinstance(model, str):
             raise RequestError('model: must be a registered model such as "tickets@1".', "model")
         entry = await asyncio.to_thread(registrable, name, model, self._base, self._registry)
-        before, desired = await asyncio.to_thread(self._register, name, entry)
+        registration = await asyncio.to_thread(register, self._files, {name: entry})
         self._known = None
         if timeout_s is not None:
-            await self._wait_resident(name, before, desired, timeout_s)
+            await self._wait_resident(name, registration, timeout_s)
         state = endpoint_state.adapters_body(*await asyncio.to_thread(self._state))
         mine = next((a for a in state["data"] if a["name"] == name), None)
         if mine is None:
@@ -124,26 +124,17 @@ class Gateway:
         self._known = None
         return JSONResponse({"object": "adapter", "name": name, "model": gone["entry"].model, "deleted": True})
 
-    def _register(self, name: str, entry: Registered) -> tuple[Registered | None, Desired]:
-        before: list[Registered | None] = []
-
-        def with_entry(adapters: Any, epoch: int) -> dict[str, Registered]:
-            before[:] = [adapters.get(name)]
-            return {**adapters, name: entry.model_copy(update={"since": epoch})}
-
-        desired = self._files.change(with_entry)
-        return before[0], desired
-
-    async def _wait_resident(self, name: str, before: Registered | None, desired: Desired, timeout_s: float) -> None:
+    async def _wait_resident(self, name: str, registration: Registration, timeout_s: float) -> None:
         """Until every live replica has it resident; a refusal takes the registration back and is raised."""
-        entry, deadline = desired.adapters[name], time.monotonic() + timeout_s
+        entry, deadline = registration.written[name], time.monotonic() + timeout_s
         while True:
             reports = await asyncio.to_thread(self._files.live_reports, time.time())
-            seen = [r.adapters.get(entry.digest) for r in reports if r.epoch >= desired.epoch]
+            seen = [r.adapters.get(entry.digest) for r in reports if r.epoch >= registration.desired.epoch]
             states = [report.state if report else "registered" for report in seen]
             reason = next((report.detail for report in seen if report and report.state == "refused"), None)
             if reason is not None:
-                await asyncio.to_thread(self._take_back, name, entry, before)
+                await asyncio.to_thread(registration.take_back)
+                self._known = None
                 raise ModelError(f"{entry.model} cannot be served as {name!r}: {reason}")
             if reports and len(states) == len(reports) and set(states) == {"resident"}:
                 return
@@ -153,16 +144,6 @@ class Gateway:
                     f"adapter {name!r} is not resident after {timeout_s:g} s: {shown}. It stays registered."
                 )
             await asyncio.sleep(_WAIT_EVERY_S)
-
-    def _take_back(self, name: str, entry: Registered, before: Registered | None) -> None:
-        def restored(adapters: Any, epoch: int) -> dict[str, Registered]:
-            if adapters.get(name) != entry:
-                return dict(adapters)  # somebody else has changed it since
-            others = {label: other for label, other in adapters.items() if label != name}
-            return {**others, name: before} if before else others
-
-        self._files.change(restored)
-        self._known = None
 
     def _state(self) -> tuple[Desired, list[Any]]:
         return self._files.read(), self._files.live_reports(time.time())

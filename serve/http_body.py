@@ -1,4 +1,4 @@
-"""The outside of a request: its body within limits, its `x-loray-*` headers, its query. Knows Starlette, nothing of models."""
+"""The outside of a request: host, body within limits, `x-loray-*` headers, query. Knows Starlette, nothing of models."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 
 from serve.openai_answers import ignored_header
@@ -14,6 +16,9 @@ from service.errors import RequestError
 MAX_BODY_BYTES = 4 * 2**20
 _WAIT_S = 60.0
 _LONGEST_WAIT_S = 3600.0
+# Loopback alone keeps no browser out: a web page can have its own host name resolve to 127.0.0.1 (DNS rebinding). Its
+# requests carry that name, and are answered 400. An IPv6 address keeps its brackets in the header.
+HOSTS = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"], www_redirect=False)]
 
 
 async def read(request: Request) -> bytes:
@@ -40,7 +45,7 @@ def ignored(request: Request, names: Sequence[str]) -> dict[str, str]:
     if strict == "true":
         raise RequestError(
             f"unknown fields: {ignored_header(names)}. Leave them out, or leave x-loray-strict out to have them ignored.",
-            names[0],
+            names[0][:200],
         )
     return {"x-loray-ignored": ignored_header(names)}
 

@@ -9,6 +9,7 @@ Field list: https://platform.openai.com/docs/api-reference/chat/create
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from service.errors import RequestError
 
 MAX_STOPS = 4
 MAX_NAME = 200
+# A body of 4 MiB can hold two million messages, each of them wrong; what is read and told of it is bounded.
+MAX_MESSAGES = 4096
+MAX_PARTS = 4096  # over all messages
+SHOWN_PROBLEMS = 20
 # `developer` is OpenAI's newer word for `system`; chat templates know only the older one.
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _READ = frozenset(
@@ -141,15 +146,21 @@ class _Reader:
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
         self.raw = raw
-        self.problems: list[tuple[str, str]] = []
+        self.problems: list[tuple[str, str]] = []  # the first SHOWN_PROBLEMS of them
+        self.num_problems = 0
+        self.num_parts = 0
         self.ignored: list[str] = []
 
     def problem(self, field: str, text: str) -> None:
-        self.problems.append((field, f"{field}: {text}"))
+        self.num_problems += 1
+        if len(self.problems) < SHOWN_PROBLEMS:
+            self.problems.append((field, f"{field}: {text}"))
 
     def raise_problems(self) -> None:
         if self.problems:
-            raise RequestError(" ".join(text for _, text in self.problems), self.problems[0][0])
+            more = self.num_problems - len(self.problems)
+            texts = [text for _, text in self.problems] + ([f"... and {more} more problems."] if more else [])
+            raise RequestError(" ".join(texts), self.problems[0][0])
 
     def refuse(self, field: str, value: Any, neutral: tuple[Any, ...]) -> None:
         """A field we know and do not support: an error unless its value asks for nothing."""
@@ -232,6 +243,9 @@ class _Reader:
         if not isinstance(value, list) or not value:
             self.problem("messages", f"must be a list of at least one message, not {_shown(value)}.")
             return ()
+        if len(value) > MAX_MESSAGES:
+            self.problem("messages", f"holds {len(value)} messages, at most {MAX_MESSAGES} are taken. Send fewer.")
+            return ()
         return tuple(self._message(f"messages[{i}]", message) for i, message in enumerate(value))
 
     def _message(self, at: str, message: Any) -> dict[str, str]:
@@ -252,6 +266,10 @@ class _Reader:
             return str(content)
         if not isinstance(content, list) or not content:
             self.problem(at, f"must be a text or a list of text parts, not {_shown(content)}.")
+            return ""
+        self.num_parts += len(content)
+        if self.num_parts > MAX_PARTS:
+            self.problem(at, f"all messages together have more than {MAX_PARTS} parts. Join the texts, or send fewer.")
             return ""
         texts = []
         for i, part in enumerate(content):
@@ -292,7 +310,7 @@ def _shown(value: Any) -> str:
     """A value for a message: as JSON, short, and only ASCII."""
     try:
         text = json.dumps(value)
-    except ValueError:  # an integer of thousands of digits
+    except (ValueError, RecursionError):  # an integer of thousands of digits; lists in lists in lists
         text = _kind(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -304,6 +322,7 @@ def _no_constant(name: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = dict(pairs)
     if len(names) < len(pairs):
-        twice = next(name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1)
-        raise RequestError(f"The key {_shown(twice)} stands twice in one object. Send it once.", twice)
+        counts = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in counts.items() if count > 1)
+        raise RequestError(f"The key {_shown(twice)} stands twice in one object. Send it once.", twice[:MAX_NAME])
     return names

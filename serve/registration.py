@@ -1,4 +1,4 @@
-"""May this Model be registered under this label here? Asked before anything is written or loaded.
+"""May this Model be registered under this label here, and if so, the writing of it, which can be taken back.
 
 Reads the registry's manifest and compares it with the endpoint's base: an adapter for another base or another template
 would answer, and answer nonsense. Used by `gateway.py` (PUT) and `app.py` (the serve file's `adapters`).
@@ -6,7 +6,10 @@ would answer, and answer nonsense. Used by `gateway.py` (PUT) and `app.py` (the 
 
 from __future__ import annotations
 
-from serve.desired import Base
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from serve.desired import Base, Desired, EndpointFiles
 from serve.routing import Registered
 from service.domain import Manifest, ModelRef, check_name
 from service.errors import ConfigError, ConflictError, ModelError
@@ -24,10 +27,49 @@ def registrable(label: str, model: str, base: Base, registry: Registry) -> Regis
     return Registered(model=str(ref), digest=manifest.digest)
 
 
-def default_label(model: str) -> str:
-    """The label of an adapter from the serve file: the version where one is written, else the bare name."""
+def default_label(model: str, registry: Registry) -> str:
+    """The label of an adapter from the serve file: a bare name as it is, else the version that is meant.
+
+    tickets@canary and tickets@production are two adapters then; a request finds either by its alias.
+    """
     ref = ModelRef.parse(model)
-    return str(ref) if ref.version is not None else ref.family
+    return ref.family if ref.selector is None else str(registry.resolve(ref))
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What was written to the desired state, and what stood under the same labels before."""
+
+    files: EndpointFiles
+    desired: Desired
+    written: Mapping[str, Registered]
+    before: Mapping[str, Registered]
+
+    def take_back(self) -> None:
+        """Put back what was there before, but for labels that somebody else has changed since."""
+        if self.written:
+            self.files.change(self._without)
+
+    def _without(self, adapters: Mapping[str, Registered], epoch: int) -> dict[str, Registered]:
+        ours = {label for label, entry in self.written.items() if adapters.get(label) == entry}
+        others = {label: entry for label, entry in adapters.items() if label not in ours}
+        return {**others, **{label: entry for label, entry in self.before.items() if label in ours}}
+
+
+def register(files: EndpointFiles, wanted: Mapping[str, Registered]) -> Registration:
+    """Add these to the desired state, in one change; of nothing, nothing is written."""
+    if not wanted:
+        return Registration(files, files.read(), {}, {})
+    before: dict[str, Registered] = {}
+    written: dict[str, Registered] = {}
+
+    def with_wanted(adapters: Mapping[str, Registered], epoch: int) -> dict[str, Registered]:
+        before.clear()
+        before.update((label, adapters[label]) for label in wanted if label in adapters)
+        written.update((label, entry.model_copy(update={"since": epoch})) for label, entry in wanted.items())
+        return {**adapters, **written}
+
+    return Registration(files, files.change(with_wanted), written, before)
 
 
 def mismatches(manifest: Manifest, base: Base) -> list[str]:

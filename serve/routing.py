@@ -14,8 +14,9 @@ from pydantic import BaseModel, ConfigDict
 
 from service.domain import ModelRef
 from service.errors import ConfigError, NotFoundError
+from service.registry import DEFAULT_ALIAS
 
-PRODUCTION = "production"
+_UNKNOWN = " is not known to this endpoint"
 
 
 class UnknownModelError(NotFoundError):
@@ -46,18 +47,11 @@ class Routes:
 
     def names(self) -> list[tuple[str, str]]:
         """Every name that answers, with its digest: the base first, then labels, versions, aliases and bare names."""
-        known = {self.base: self.base_digest}
-        known.update((label, entry.digest) for label, entry in sorted(self.labels.items()))
-        versions = {entry.model: entry.digest for entry in self.labels.values()}
-        known.update((model, digest) for model, digest in sorted(versions.items()) if model not in known)
+        candidates = [self.base, *sorted(self.labels), *sorted(entry.model for entry in self.labels.values())]
         for family, aliases in sorted(self.aliases.items()):
-            for alias, version in sorted(aliases.items()):
-                digest = versions.get(f"{family}@{version}")
-                if digest:
-                    known[f"{family}@{alias}"] = digest
-                    if alias == PRODUCTION and family != self.base:
-                        known[family] = digest
-        return list(known.items())
+            candidates += [*(f"{family}@{alias}" for alias in sorted(aliases)), family]
+        found = [(name, _find(name, self)) for name in dict.fromkeys(candidates)]
+        return [(name, target.digest) for name, target in found if isinstance(target, Target)]
 
 
 @dataclass(frozen=True)
@@ -72,32 +66,36 @@ class Target:
 
 def resolve(name: str, routes: Routes) -> Target:
     """The Target of a requested name. Raises UnknownModelError that lists the known names."""
+    found = _find(name, routes)
+    if isinstance(found, Target):
+        return found
+    known = ", ".join(known for known, _ in routes.names())
+    shown = name if len(name) <= 100 else f"{name[:100]}..."
+    raise UnknownModelError(
+        f"model {shown!r}{found}. Known names: {known}. PUT /v1/adapters/NAME registers an adapter."
+    )
+
+
+def _find(name: str, routes: Routes) -> Target | str:
+    """The Target, or why there is none."""
     if name == routes.base:
         return Target(routes.base, routes.base_digest, is_base=True)
     try:
         ref = ModelRef.parse(name)
     except ConfigError:
-        raise _unknown(name, routes) from None
+        return _UNKNOWN
     if ref.version is not None:
         return _at(str(ref.at(ref.version)), name, routes)
-    version = routes.aliases.get(ref.family, {}).get(ref.alias or PRODUCTION)
+    version = routes.aliases.get(ref.family, {}).get(ref.alias or DEFAULT_ALIAS)
     if version is not None:
         return _at(f"{ref.family}@{version}", name, routes)
     entry = routes.labels.get(name)
-    if entry is None:
-        raise _unknown(name, routes)
-    return Target(entry.model, entry.digest, label=name)
+    return Target(entry.model, entry.digest, label=name) if entry else _UNKNOWN
 
 
-def _at(model: str, name: str, routes: Routes) -> Target:
+def _at(model: str, name: str, routes: Routes) -> Target | str:
     for entry in routes.labels.values():
         if entry.model == model:
             return Target(model, entry.digest)
     means = "" if model == name else f" means {model}, which"
-    raise _unknown(name, routes, f"{means} is not registered on this endpoint")
-
-
-def _unknown(name: str, routes: Routes, why: str = " is not known to this endpoint") -> UnknownModelError:
-    known = ", ".join(known for known, _ in routes.names())
-    shown = name if len(name) <= 100 else f"{name[:100]}..."
-    return UnknownModelError(f"model {shown!r}{why}. Known names: {known}. PUT /v1/adapters/NAME registers an adapter.")
+    return f"{means} is not registered on this endpoint"

@@ -140,7 +140,7 @@ def _remembered_sha256(file: Path, cache: Path) -> str:
 def _convert_bundled(bundled: Bundled, cache: Path) -> Path:
     """Dequantise the GGUF file once, to bfloat16 safetensors with tokenizer and chat template."""
     target = cache / "base_models" / bundled.sha256
-    if target.is_dir():
+    if _is_whole(target):
         return target
     spec = importlib.util.find_spec(bundled.package)
     if spec is None or spec.origin is None:
@@ -185,7 +185,7 @@ def _fetch_s3(uri: str, cache: Path) -> Path:
         for name in names:
             storage.fetch_file(storage.join(uri, name), aside / name, None)
 
-    return target if target.is_dir() else _made_aside(target, fetch)
+    return target if _is_whole(target) else _made_aside(target, fetch)
 
 
 def _fetch_hub(name: str, revision: str | None, cache: Path) -> Path:
@@ -208,9 +208,16 @@ def _fetch_hub(name: str, revision: str | None, cache: Path) -> Path:
         ) from None
 
 
+def _is_whole(target: Path) -> bool:
+    """Whether somebody who cleans up caches has left a model's directory complete."""
+    return bool(weight_files(target)) and all((target / name).is_file() for name in ("config.json", "tokenizer.json"))
+
+
 def _made_aside(target: Path, make: Callable[[Path], None]) -> Path:
     """Run `make(directory)` in a temporary neighbour of `target` and rename it into place; the first of several wins."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_dir():
+        shutil.rmtree(target, ignore_errors=True)  # not whole, or it would not be made again
     aside = Path(tempfile.mkdtemp(prefix=".making-", dir=target.parent))
     try:
         make(aside)

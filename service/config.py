@@ -186,10 +186,12 @@ class ResolvedRun:
     config: RunConfig
     sources: dict[str, Source]
     text: str
+    overrides: tuple[str, ...] = ()  # the `--set` that were given, in order
 
     def as_json(self) -> dict[str, Any]:
         """What `resolved.json` holds."""
-        return {"schema": 1, "config": self.config.model_dump(mode="json", by_alias=True), "sources": self.sources}
+        config = self.config.model_dump(mode="json", by_alias=True)
+        return {"schema": 1, "config": config, "sources": self.sources, "overrides": list(self.overrides)}
 
 
 def load_run(path: str, overrides: Sequence[str] = ()) -> ResolvedRun:
@@ -203,12 +205,13 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> ResolvedRun:
         written = {k: s for k, s in written.items() if not k.startswith(f"{key}.")}
         written.update((k, "--set") for k, _ in leaves(_expanded(_nest(key, value))))
     config = validated(RunConfig, values, path)
-    return ResolvedRun(config, sources_of(config, written), text)
+    return ResolvedRun(config, sources_of(config, written), text, tuple(overrides))
 
 
 def run_from_json(document: Mapping[str, Any], text: str = "") -> ResolvedRun:
     """The same from what `ResolvedRun.as_json` wrote, for a resumed run."""
-    return ResolvedRun(validated(RunConfig, document["config"], "resolved.json"), dict(document["sources"]), text)
+    config = validated(RunConfig, document["config"], "resolved.json")
+    return ResolvedRun(config, dict(document["sources"]), text, tuple(document["overrides"]))
 
 
 def load_serve(path: str) -> ServeConfig:

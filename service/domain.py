@@ -18,6 +18,7 @@ from service.errors import ConfigError
 
 DEFAULT_PROJECT = "default"
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9._-]{0,62}[a-z0-9])?")
+_MAX_DIGITS = 18  # what fits a signed 64-bit integer; Python reads no integer of thousands of digits at all
 _REF = re.compile(r"(?:(?P<project>[^/@]+)/)?(?P<name>[^/@]+)(?:@(?P<selector>[^/@]+))?")
 
 
@@ -54,6 +55,11 @@ class ModelRef:
         selector = match["selector"]
         if selector is not None and not (selector.isascii() and selector.isdigit()):
             check_name(selector, "alias")
+        elif selector is not None and len(selector) > _MAX_DIGITS:
+            raise ConfigError(
+                f"version {selector[:_MAX_DIGITS]}... of {name} has {len(selector)} digits, at most {_MAX_DIGITS} make sense."
+                " Write [project/]name@version, for example tickets@3."
+            )
         return cls(project, name, selector)
 
     @property

@@ -8,20 +8,22 @@ directory makes `ray start --head` enforce it, while a client that was not told 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import secrets
+import shlex
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from service import storage
 from service.config import ResolvedRun
-from service.errors import ClusterError, ConfigError, NotFoundError
+from service.errors import ClusterError, ConfigError, LorayError, NotFoundError
 
 PACKAGES = ("service", "jobs", "tune", "serve")
 STAGED_LIMIT_BYTES = 100 * 2**20  # Ray's own limit for a working directory
@@ -31,26 +33,36 @@ STOP_WAIT_S = 120  # between SIGTERM and SIGKILL: time for a checkpoint
 def use_token_authentication() -> None:
     """Tell this process, and the Ray processes it starts, to authenticate by token; make a token where there is none.
 
-    An explicit RAY_AUTH_MODE is the operator's decision and is kept.
+    An explicit RAY_AUTH_MODE is the operator's decision and is kept. Ray reads the mode when it is imported: call this
+    before, or ClusterError.
     """
+    if "ray" in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+        raise ClusterError(
+            "Ray was imported before its authentication mode was set. Set RAY_AUTH_MODE=token in the environment, or call "
+            "service.launcher.use_token_authentication() before anything imports ray."
+        )
     if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
         return
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
-            out.write(secrets.token_hex(32))
+        with tempfile.NamedTemporaryFile("w", dir=file.parent) as aside:  # readable by its owner only
+            aside.write(secrets.token_hex(32))
+            aside.flush()
+            with suppress(FileExistsError):  # another process has just made one, and it counts for both
+                os.link(aside.name, file)
 
 
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS (a submitted job has it), or start one on this machine. Idempotent."""
+    loaded = sys.modules.get("ray")
+    if loaded is not None and loaded.is_initialized():
+        return
     use_token_authentication()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     import ray
 
-    if ray.is_initialized():
-        return
     address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
@@ -64,12 +76,12 @@ def submit(resolved: ResolvedRun, run_id: str, address: str, env_vars: dict[str,
     The first job of a run has the run's id, a resumed run's job the id and a number: Ray never takes an id twice.
     """
     client = job_client(address)
-    earlier = len(_jobs_of(client, run_id))
-    with staged(resolved) as directory:
-        try:
+    try:
+        with staged(None if resume else resolved) as (directory, overrides):
+            command = ["--resume", run_id] if resume else ["run.yaml", *overrides, "--run-id", run_id]
+            earlier = len(_jobs_of(client, run_id))
             job_id: str = client.submit_job(
-                entrypoint="python -m jobs.train "
-                + (f"--resume {run_id}" if resume else f"run.yaml --run-id {run_id}"),
+                entrypoint=shlex.join(["python", "-m", "jobs.train", *command]),
                 submission_id=f"{run_id}-{earlier + 1}" if earlier else run_id,
                 runtime_env={
                     "working_dir": str(directory),
@@ -77,8 +89,10 @@ def submit(resolved: ResolvedRun, run_id: str, address: str, env_vars: dict[str,
                 },
                 metadata={"loray_run": run_id},
             )
-        except (RuntimeError, ValueError, ConnectionError, OSError) as error:
-            raise ClusterError(f"the cluster at {address} did not take the job: {error}") from error
+    except LorayError:
+        raise
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"the cluster at {address} did not take the job: {error}") from error
     return job_id
 
 
@@ -111,24 +125,39 @@ def _jobs_of(client: Any, run_id: str) -> list[Any]:
 
 
 def follow(client: Any, job_id: str, echo: Callable[[str], None]) -> tuple[str, str]:
-    """Print a job's log until it ends; its final status and message. The log's socket may close early: it is reopened."""
+    """Print a job's log until it ends; its final status and message. The log's socket may close early: it is reopened.
+
+    Ray sends the log from its beginning each time, so what was printed already is skipped.
+    """
+    printed = 0
 
     async def tail() -> None:
+        nonlocal printed
+        sent = 0
         async for lines in client.tail_job_logs(job_id):
-            echo(lines)
+            new = lines[max(0, printed - sent) :]
+            sent += len(lines)
+            if new:
+                echo(new)
+                printed = sent
 
     while True:
-        asyncio.run(tail())
-        info = client.get_job_info(job_id)
+        try:
+            asyncio.run(tail())
+            info = client.get_job_info(job_id)
+        except (RuntimeError, OSError) as error:
+            raise ClusterError(f"the cluster no longer answers about job {job_id}: {error}") from error
         if info.status.is_terminal():
             return str(info.status), str(info.message or "")
+        time.sleep(1.0)
 
 
 @contextmanager
-def staged(resolved: ResolvedRun) -> Iterator[Path]:
+def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
     """A directory with our packages, the run file and its small local data: what travels to the cluster.
 
-    Not the user's directory, which may hold anything. Raises ConfigError when the data is too large to travel.
+    Not the user's directory, which may hold anything. Beside it the arguments that say what `--set` was given and where
+    the data lies there. Without a run, the packages only. Raises ConfigError when the data is too large to travel.
     """
     with tempfile.TemporaryDirectory(prefix="loray-stage-") as name:
         stage = Path(name)
@@ -136,27 +165,28 @@ def staged(resolved: ResolvedRun) -> Iterator[Path]:
         for package in PACKAGES:
             if (root / package).is_dir():
                 shutil.copytree(root / package, stage / package, ignore=shutil.ignore_patterns("__pycache__"))
-        config = resolved.config.model_dump(mode="json", by_alias=True)
-        for key, uri in _local_files(config):
-            source = Path(uri)
-            if not source.is_file():
-                raise ConfigError(f"{'.'.join(key)}: {uri!r} does not exist under {Path.cwd()}.")
-            travelling = Path("data") / f"{key[-1]}-{source.name}"
-            (stage / "data").mkdir(exist_ok=True)
-            shutil.copyfile(source, stage / travelling)
-            config[key[0]][key[1]] = str(travelling)
+        overrides = [*resolved.overrides, *_stage_files(resolved, stage)] if resolved else []
         size = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
         if size > STAGED_LIMIT_BYTES:
             raise ConfigError(
                 f"the run file's local data makes {size / 2**20:.0f} MiB to send, Ray takes at most 100 MiB. "
                 "Put the data on shared storage (s3://...) and name it there."
             )
-        (stage / "run.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        yield stage
+        yield stage, [part for override in overrides for part in ("--set", override)]
 
 
-def _local_files(config: dict[str, Any]) -> Iterator[tuple[Sequence[str], str]]:
-    for key in (("data", "train"), ("data", "eval"), ("model", "chat_template")):
-        value = config[key[0]][key[1]]
-        if value is not None and storage.is_local(value):
-            yield key, value
+def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
+    """Copy the run file and what it names on this machine; an override for each file that has moved."""
+    (stage / "run.yaml").write_text(resolved.text)
+    (stage / "data").mkdir()
+    model, data = resolved.config.model, resolved.config.data
+    named = {"data.train": data.train, "data.eval": data.eval, "model.chat_template": model.chat_template}
+    for key, uri in named.items():
+        if uri is None or not storage.is_local(uri):
+            continue
+        source = storage.local_path(uri)
+        if not source.is_file():
+            raise ConfigError(f"{key}: {uri!r} does not exist under {Path.cwd()}.")
+        travelling = Path("data") / f"{key.split('.')[-1]}-{source.name}"
+        shutil.copyfile(source, stage / travelling)
+        yield f"{key}={json.dumps(str(travelling))}"

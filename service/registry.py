@@ -16,8 +16,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import random
-import re
 import secrets
 import shutil
 import time
@@ -30,13 +30,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from service import storage
 from service.domain import FileEntry, Manifest, ModelRef, check_name
-from service.errors import ConfigError, ConflictError, ModelError, NotFoundError, StorageError
+from service.errors import ConfigError, ConflictError, NotFoundError, StorageError
+from service.publishable import REGISTRY_FILES, publishable_files
 
 DEFAULT_ALIAS = "production"
-_REQUIRED = ("adapter_config.json", "adapter_model.safetensors")
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
-_OURS = ("claim.json", "manifest.json")
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _ATTEMPTS = 200  # of losing a race: each loss means that somebody else has won one
 
 
@@ -82,7 +79,7 @@ class Registry:
         ModelError, before anything is written, lists all that is wrong with the directory. Two at once get two numbers.
         """
         model = _family(family)
-        names = _publishable(source)
+        names = publishable_files(source)
         ref = model.at(self._claim(model))
         files: dict[str, FileEntry] = {}
         for name in names:
@@ -178,14 +175,20 @@ class Registry:
             raise
         self._delete_files(resolved)
 
-    def unfinished(self) -> list[str]:
-        """Directories that hold files of no version: a publisher or deletion was killed, or is still at work."""
+    def unfinished(self, older_than_s: float = 0.0) -> list[str]:
+        """Directories that hold files of no version: a publisher or deletion was killed, or is still at work.
+
+        `older_than_s` leaves out those claimed more recently: their publisher may well be alive.
+        """
         found = []
         for project in storage.list_names(storage.join(self.home, "models")):
             for name in storage.list_names(storage.join(self.home, "models", project)):
                 model = ModelRef(project, name)
+                refs = [model.at(v) for v in self._claimed(model)]
                 found += [
-                    self._directory(model.at(v)) for v in self._claimed(model) if self._is_unfinished(model.at(v))
+                    self._directory(ref)
+                    for ref in refs
+                    if self._is_unfinished(ref) and self._claim_age_s(ref) >= older_than_s
                 ]
         return found
 
@@ -294,11 +297,17 @@ class Registry:
         if self._manifest_text(ref) is not None:
             return False
         names = set(storage.list_names(self._directory(ref)))
-        return "manifest.json" not in names or bool(names - set(_OURS))
+        return "manifest.json" not in names or bool(names - set(REGISTRY_FILES))
+
+    def _claim_age_s(self, ref: ModelRef) -> float:
+        claim = json.loads(storage.read_bytes(storage.join(self._directory(ref), "claim.json")))
+        if "created_at" not in claim:  # written by hand or by another program: nobody is at work on it
+            return math.inf
+        return (datetime.now(UTC) - datetime.fromisoformat(claim["created_at"])).total_seconds()
 
     def _delete_files(self, ref: ModelRef) -> None:
         for name in storage.list_names(self._directory(ref)):
-            if name not in _OURS:
+            if name not in REGISTRY_FILES:
                 storage.delete_tree(storage.join(self._directory(ref), name))
 
     def _not_found(self, ref: ModelRef) -> NotFoundError:
@@ -332,32 +341,6 @@ def _family(text: str) -> ModelRef:
     if ref.selector is not None:
         raise ConfigError(f"{text!r} names a version or alias, and a family is wanted. Write {ref.family!r}.")
     return ref
-
-
-def _publishable(source: Path) -> list[str]:
-    """The file names to publish; ModelError with all that is wrong."""
-    if not source.is_dir():
-        raise ModelError(f"{source} is no directory. Publish a directory with {' and '.join(_REQUIRED)}.")
-    entries = sorted(source.iterdir())
-    problems = [f"{name} is missing" for name in _REQUIRED if not (source / name).exists()]
-    for entry in entries:
-        if entry.is_symlink() or not entry.is_file():
-            problems.append(f"{entry.name} is no regular file (links and subdirectories are not published)")
-        elif problem := _name_problem(entry.name):
-            problems.append(problem)
-    if problems:
-        raise ModelError(f"{source} cannot be published: {'; '.join(problems)}. Correct the directory, then repeat.")
-    return [entry.name for entry in entries]
-
-
-def _name_problem(name: str) -> str | None:
-    if not _FILE_NAME.fullmatch(name):
-        return f"{name!r} is hidden or no plain name (letters, digits, '.', '_', '-')"
-    if name in _OURS:
-        return f"{name} is a name that the registry writes itself"
-    if Path(name).suffix.lower() in _PICKLES:
-        return f"{name} may hold a pickle, which runs code when loaded: save weights as safetensors"
-    return None
 
 
 def _parse_manifest(text: bytes, uri: str) -> Manifest:

@@ -218,7 +218,12 @@ or "account" (login, password).
 "severity": "urgent" (today), "normal" (within days) or "minor" (no hurry).
 "order": the order number as written, or null if there is none. Serial, model and phone numbers are no orders."""
     message = "The parcel was quick, but the doorbell cam is dead. Order Z-55555. Please come today."
-    ticket: dict[str, str | None] = {"product": "camera", "category": "defect", "severity": "urgent", "order": "Z-55555"}
+    ticket: dict[str, str | None] = {
+        "product": "camera",
+        "category": "defect",
+        "severity": "urgent",
+        "order": "Z-55555",
+    }
     turns = (("system", schema), ("user", message), ("assistant", _compact(ticket)))
     return [{"role": role, "content": content} for role, content in turns]
 

@@ -42,7 +42,7 @@ def plan(run_file: RunFile, overrides: Overrides = [], json: Json = False) -> No
     from service.cli.planned import plan_tables
     from service.training.plan import make_run_plan
 
-    run_plan, _ = make_run_plan(resolved, settings)
+    run_plan = make_run_plan(resolved, settings)
     if json:
         print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json()})
         return
@@ -74,31 +74,11 @@ def train(
 @app.command()
 def serve(serve_file: Annotated[str, typer.Argument(help="a YAML serve file", metavar="SERVE.YAML")]) -> None:
     """Serve a base model and its adapters over HTTP on this machine, until Ctrl-C."""
-    import signal
-    import threading
-
-    from service import launcher
+    from service.cli.serving import serve_here
     from service.config import load_serve
     from service.settings import load_settings
 
-    config, settings = load_serve(serve_file), load_settings()
-    launcher.use_token_authentication()
-    from serve import app as serve_app
-
-    stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stopping.set())
-    console.print(f"Loading {config.model.id} ...", highlight=False)
-    launcher.connect()
-    for number in (signal.SIGTERM, signal.SIGINT):  # Ray takes SIGTERM when it connects
-        signal.signal(number, lambda *_: stopping.set())
-    try:
-        url = serve_app.start(config, settings)
-        console.print(f"Serving [bold]{config.model.id}[/] at {url}/v1  (Ctrl-C stops)", highlight=False)
-        stopping.wait()
-        console.print("Stopping ...")
-    finally:
-        serve_app.stop()
+    serve_here(load_serve(serve_file), load_settings())
 
 
 @app.command()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.terminal import console, print_json
+from service.cli.terminal import console, print_json, say
 from service.domain import ModelRef
 from service.errors import ConfigError
 from service.registry import Registry
@@ -53,7 +53,7 @@ def show(model: str, json: Json = False) -> None:
     )
     fields = manifest.model_dump(mode="json", exclude={"ref", "kind", "digest", "config", "files", "manifest_schema"})
     for name, value in fields.items():
-        console.print(f"  {name}: {value}", highlight=False, soft_wrap=True)
+        say(f"  {name}: {value}")
     for name, entry in manifest.files.items():
         console.print(f"  {name}: {entry.bytes:,} bytes", highlight=False)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli.terminal import console, print_json, print_json_lines
+from service.cli.terminal import console, print_json, print_json_lines, say
 from service.runs import Run
 from service.settings import load_settings
 
@@ -23,6 +23,7 @@ def _open(run: str) -> Run:
 @app.command("list")
 def list_(json: Json = False) -> None:
     """All runs, oldest first."""
+    from rich.markup import escape
     from rich.table import Table
 
     from service.runs import list_runs
@@ -34,7 +35,9 @@ def list_(json: Json = False) -> None:
     table = Table("run", "state", "step", "updated", "message")
     for row in rows:
         step = "" if row["step"] is None else str(row["step"])
-        table.add_row(row["run"], row["state"], step, row["updated_at"][:19], row["message"].split("\n")[0][:80])
+        table.add_row(
+            row["run"], row["state"], step, row["updated_at"][:19], escape(row["message"].split("\n")[0][:80])
+        )
     console.print(table if rows else "No runs yet. Start one: loray train RUN.YAML")
 
 
@@ -48,18 +51,18 @@ def show(run: RunId, json: Json = False) -> None:
     if json:
         print_json({**document, "resolved": found.resolved(), "events": found.events()})
         return
-    console.print(f"[bold]{found.id}[/]  {status['state']}  {status['message']}", highlight=False, soft_wrap=True)
-    console.print(found.uri, highlight=False, soft_wrap=True)
+    say(f"{found.id}  {status['state']}  {status['message']}")
+    say(found.uri)
     for name, value in {**status["details"], **last}.items():
-        console.print(f"  {name}: {value}", highlight=False, soft_wrap=True)
+        say(f"  {name}: {value}")
     for event in found.events():
-        console.print(f"  {event['kind']}: {event['text']}", highlight=False, soft_wrap=True)
+        say(f"  {event['kind']}: {event['text']}")
     console.print(found.run_yaml(), markup=False, highlight=False)
 
 
 @app.command()
 def logs(run: RunId) -> None:
-    """The log of every worker, and the driver's where the run was detached."""
+    """The log of every worker, attempt by attempt."""
     from service import storage
 
     found = _open(run)
@@ -123,4 +126,4 @@ def ledger(run: RunId, json: Json = False) -> None:
         print_json_lines(rows)
         return
     for row in rows:
-        console.print(f"step {row['step']}: rows {row['ids']}", highlight=False, soft_wrap=True)
+        say(f"step {row['step']}: rows {row['ids']}")

@@ -6,6 +6,7 @@ from typing import TextIO
 
 from service.cli.terminal import console
 from service.domain import ModelRef
+from service.errors import ModelError
 from service.evaluation.answers import LoadedModel
 from service.inference.engine import Chunk, GenerationRequest, SamplingParams
 from service.render import Message
@@ -31,9 +32,11 @@ def chat_lines(model: str, max_tokens: int, lines: TextIO) -> None:
 
 def _answer(loaded: LoadedModel, messages: list[Message], max_tokens: int) -> str:
     pieces: list[str] = []
+    failures: list[str] = []
 
     def show(chunk: Chunk) -> None:
         pieces.append(chunk.text)
+        failures.extend([chunk.error or "unknown error"] if chunk.finish_reason == "error" else [])
         console.print(chunk.text, end="", markup=False, highlight=False, soft_wrap=True)
 
     prompt = tuple(loaded.renderer.prompt_ids(messages))
@@ -42,4 +45,6 @@ def _answer(loaded: LoadedModel, messages: list[Message], max_tokens: int) -> st
     while loaded.engine.step():
         pass
     console.print()
+    if failures:
+        raise ModelError(f"{loaded.manifest.ref} failed on this prompt: {failures[0]}")
     return "".join(pieces)

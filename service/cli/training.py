@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from service import launcher
-from service.cli.terminal import console
+from service.cli.terminal import console, say
 from service.config import ResolvedRun, load_run, run_from_json
 from service.domain import RunState
-from service.errors import ClusterError, NotFoundError, TrainingError
+from service.errors import NotFoundError, TrainingError
 from service.runs import Run, new_id
 from service.settings import Settings, load_settings
 
 FORWARDED = ("LORAY_HOME", "LORAY_CACHE", "HF_HUB_OFFLINE")  # never credentials: job environments can be read by all
 ENDED = (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED, RunState.LOST)
-START_LIMIT_S = 120.0
+TELL_EVERY_S = 30.0
 
 
 def train_here(run_file: str, overrides: Sequence[str], *, resume: bool) -> None:
@@ -42,14 +41,15 @@ def train_detached(run_file: str, overrides: Sequence[str], *, resume: bool) -> 
     run_id = run.id if run else new_id(settings.home, run_name(resolved))
     sets = [part for override in overrides for part in ("--set", override)]
     what = ["--resume", run_id] if run else [run_file, *sets, "--run-id", run_id]
-    log = Path(tempfile.mkdtemp(prefix="loray-")) / "driver.log"
-    with log.open("w") as out:
+    log = settings.cache / "runs" / run_id / "driver.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.train", *what], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
             start_new_session=True,
         )  # fmt: skip
     _await_start(Run(settings.home, run_id), process, log)
-    console.print(f"Run {run_id} goes on in process {process.pid}; it prints to {log}", highlight=False, soft_wrap=True)
+    say(f"Run {run_id} goes on in process {process.pid}; it prints to {log}")
     console.print(f"Follow it: loray runs attach {run_id}    Stop it: loray runs stop {run_id}", highlight=False)
 
 
@@ -115,17 +115,17 @@ def _resolved(
 
 
 def _await_start(run: Run, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the detached driver has marked its run as running, or died with a reason."""
-    deadline = time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
+    """Until the detached driver has marked its run as running, or died with a reason; planning may fetch a base first."""
+    told = time.monotonic()
+    while process.poll() is None:
         with suppress(NotFoundError):  # it has not made the run's directory yet
-            if run.status().state is RunState.RUNNING:
+            if run.status().details.get("pid") == process.pid:
                 return
-        if process.poll() is not None:
-            raise TrainingError(f"the run did not start:\n{log.read_text()[-2000:]}")
+        if time.monotonic() - told >= TELL_EVERY_S:
+            say(f"still planning (fetching the base model, tokenising); it prints to {log}")
+            told = time.monotonic()
         time.sleep(0.1)
-    process.terminate()
-    raise ClusterError(f"the run did not start within {START_LIMIT_S:.0f} s; it printed to {log}.")
+    raise TrainingError(f"the run did not start:\n{log.read_text()[-2000:]}")
 
 
 def _attach_command(run_id: str, address: str) -> str:

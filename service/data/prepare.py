@@ -100,6 +100,11 @@ def prepare(uri: str, renderer: Renderer, *, home: str, seq_len: int, over_long:
     return rows.card
 
 
+def find(digest: str, *, home: str) -> DataCard:
+    """The card of a dataset prepared before. Raises NotFoundError."""
+    return _card(storage.read_bytes(storage.join(home, "datasets", digest, "card.json")), None)
+
+
 def load(digest: str, *, home: str, cache: Path) -> TokenRows:
     """A prepared dataset, from the node's cache or fetched into it."""
     directory = storage.join(home, "datasets", digest)

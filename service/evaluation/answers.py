@@ -8,11 +8,12 @@ may be given messages of its own before them (`base_prompt`: a schema, an exampl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from service.base_models import resolve_base_model
+from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
 from service.data.formats import Row, read_rows
 from service.domain import ModelRef
@@ -54,6 +55,11 @@ class LoadedModel:
                 f"{config.model.id} is now {base.digest[:12]}. Restore the base it was trained on."
             )
         self.renderer: Renderer = renderer_for(config, base)
+        if self.renderer.digest != self.manifest.renderer_digest:
+            raise ModelError(
+                f"{self.manifest.ref} was trained with the chat template and tokenizer "
+                f"{self.manifest.renderer_digest[:12]}, here they are {self.renderer.digest[:12]}. Restore model.chat_template."
+            )
         self.engine = TorchEngine(
             base.path,
             tokenizer=self.renderer.tokenizer,
@@ -61,7 +67,7 @@ class LoadedModel:
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
             device="cuda" if torch.cuda.is_available() else "cpu",
             num_slots=slots,
-            max_context=config.data.seq_len + 1024,
+            max_context=_max_context(base, config.data.seq_len + 1024),
             max_lora_columns=self.manifest.rank,
         )
         self.engine.load_adapter(
@@ -105,6 +111,12 @@ def compared(model: str, rows: list[Row], base_answers: list[str], tuned_answers
     return Comparison(model, rows, base_answers, tuned_answers, base, tuned)
 
 
+def _max_context(base: BaseModel, wanted: int) -> int:
+    """What is wanted, or what the base has positions for."""
+    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+    return min(wanted, int(config.get("max_position_embeddings") or wanted))
+
+
 def with_prompt(messages: Sequence[Message], before: Sequence[Message]) -> list[Message]:
     """`before`, then the messages without their system prompt; just the messages when `before` is empty."""
     return [*before, *(m for m in messages if m["role"] != "system" or not before)]
@@ -123,13 +135,15 @@ def read_prompt(uri: str) -> tuple[Message, ...]:
 def side_by_side(comparison: Comparison, num_rows: int) -> Any:
     """A rich table of the first answers: prompt, reference, base, tuned."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=f"{len(comparison.rows)} prompts, the first {num_rows}", show_lines=True)
     for heading in ("message", "reference", "base", comparison.model):
         table.add_column(heading, overflow="fold", ratio=1)
     answers = zip(comparison.rows, comparison.base_answers, comparison.tuned_answers, strict=True)
     for row, base, tuned in list(answers)[:num_rows]:
-        table.add_row(row.prompt()[-1]["content"], row.reference(), _shortened(base), _shortened(tuned))
+        cells = (row.prompt()[-1]["content"], row.reference(), _shortened(base), _shortened(tuned))
+        table.add_row(*(Text(cell) for cell in cells))  # not markup: models write brackets
     return table
 
 

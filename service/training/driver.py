@@ -11,10 +11,10 @@ import os
 import signal
 import socket
 import tempfile
-import time
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -24,7 +24,7 @@ from rich.console import Console
 from service import launcher, storage
 from service.config import ResolvedRun, read_text
 from service.domain import Manifest, ModelRef, RunState
-from service.errors import ConflictError, NotFoundError
+from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
 from service.runs import Run, list_runs
 from service.settings import Settings
@@ -42,28 +42,52 @@ def train_run(
     resolved: ResolvedRun, settings: Settings, console: Console, *, resume: Run | None = None, run_id: str | None = None
 ) -> Run:
     """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it."""
-    console.print(f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}", highlight=False)
-    plan, _ = make_run_plan(resolved, settings)
+    line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    plan = make_run_plan(resolved, settings, _digests(resume))
     run = resume or Run.create(settings.home, run_name(resolved), resolved.text, resolved.as_json(), id=run_id)
-    attempt = _begin(run, plan)
-    console.print(f"Run {run.id}  ({run.uri})", highlight=False, soft_wrap=True)
     try:
-        result = _train(_job(resolved, settings, run, attempt, plan), run, plan, console)
-        if result.stopped is not None:
-            run.set_state(RunState.STOPPED, result.stopped, step=result.step)
-            console.print(f"Stopped at step {result.step}: {result.stopped}. Go on: loray train --resume {run.id}")
-        else:
-            _finish(run, resolved, settings, plan, result, console)
+        attempt = _begin(run, plan)
+        console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
+        _warn_of_short_notice(console)
+        with _heartbeat(run):
+            _train_and_finish(_job(resolved, settings, run, attempt, plan), run, resolved, settings, plan, console)
+    except ConflictError:
+        raise  # another driver has this run: its status is not ours to write
     except BaseException as error:
         run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
+        if isinstance(error, LorayError) and isinstance(error, (ValueError, LookupError)):
+            # Not a mistake in the input any more: there is a run, and it has failed.
+            raise TrainingError(f"run {run.id} failed: {type(error).__name__}: {error}") from error
         raise
     return run
 
 
+def _train_and_finish(
+    job: TrainJob, run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, console: Console
+) -> None:
+    result = _train(job, run, plan, console)
+    if result.stopped is None:
+        _finish(run, resolved, settings, plan, result, console)
+        return
+    run.set_state(RunState.STOPPED, result.stopped, step=result.step)
+    go_on = f"Go on: loray train --resume {run.id}"
+    console.print(
+        f"Stopped at step {result.step}: {result.stopped}. {go_on}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def _digests(resume: Run | None) -> tuple[str, str | None] | None:
+    """The prepared data of a run that goes on: its source files may have moved, or never have been on this machine."""
+    details = resume.status().details if resume else {}
+    return (details["train_digest"], details["eval_digest"]) if "train_digest" in details else None
+
+
 def run_name(resolved: ResolvedRun) -> str:
-    """What a run is called: after the model it publishes, else after its method."""
+    """What a run is called: after the model it publishes, else after its method; 40 characters at most, for its id."""
     publish = resolved.config.publish
-    return ModelRef.parse(publish.name).name if publish else resolved.config.method.type
+    name = ModelRef.parse(publish.name).name if publish else resolved.config.method.type
+    return name[:40].rstrip("._-")
 
 
 def reopen(home: str, id_or_latest: str) -> Run:
@@ -72,8 +96,9 @@ def reopen(home: str, id_or_latest: str) -> Run:
     status = run.status()
     if status.state is RunState.SUCCEEDED:
         raise ConflictError(f"run {run.id} has succeeded: there is nothing to resume. Start a new run.")
-    if status.state is RunState.RUNNING:
-        if not _is_dead(status.details.get("host"), status.details.get("pid")):
+    if status.state in (RunState.RUNNING, RunState.LOST):
+        life = _life(status.details.get("host"), status.details.get("pid"))
+        if life == "alive" or (life == "unknown" and status.state is RunState.RUNNING):
             raise ConflictError(
                 f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
             )
@@ -93,11 +118,12 @@ def newest_run_of(home: str, run_file: str) -> str:
 
 
 def _begin(run: Run, plan: RunPlan) -> int:
-    """Mark the run as running here; the number of this attempt."""
+    """Mark the run as running here; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
-    run.clear_stop()
     here: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
-    run.set_state(RunState.RUNNING, attempt=attempt, num_steps=plan.num_steps, **here)
+    data: dict[str, Any] = {"train_digest": plan.train.digest, "eval_digest": plan.eval.digest if plan.eval else None}
+    run.set_state(RunState.RUNNING, attempt=attempt, num_steps=plan.num_steps, **here, **data)
+    run.clear_stop()
     return attempt
 
 
@@ -108,31 +134,68 @@ def _job(resolved: ResolvedRun, settings: Settings, run: Run, attempt: int, plan
         run_id=run.id,
         attempt=attempt,
         config=resolved.config.model_dump(mode="json", by_alias=True),
+        base_source=_source(resolved.config.model.id, plan),
         base_digest=plan.base.digest,
         train_digest=plan.train.digest,
         eval_digest=plan.eval.digest if plan.eval else None,
     )
 
 
+def _source(name: str, plan: RunPlan) -> str:
+    """What a worker resolves: Ray Train gives it another working directory, where a relative path means nothing."""
+    return str(plan.base.path) if Path(name).expanduser().is_dir() else name
+
+
 def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
-    """Ray Train in a thread, because the main thread shows progress and takes the signals."""
+    """Ray Train in a thread, because the main thread shows progress and takes the signals.
+
+    A daemon thread: whoever gives up waiting (a second Ctrl-C) leaves it behind, and the workers end with this process.
+    """
     launcher.connect()
+    future: Future[TrainResult] = Future()
+
+    def fit() -> None:
+        try:
+            future.set_result(trainer.fit(job, int(job.config["scale"]["workers"])))
+        except BaseException as error:
+            future.set_exception(error)
+
     with _stop_on_signal(run, console), ProgressView(run, plan.num_steps, console) as view:
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(trainer.fit, job, int(job.config["scale"]["workers"]))
-            _watch(future, run, view)
+        threading.Thread(target=fit, name="ray-train", daemon=True).start()
+        while not future.done():
+            wait([future], timeout=0.5)
+            view.poll()
         return future.result()
 
 
-def _watch(future: Future[TrainResult], run: Run, view: ProgressView) -> None:
-    """Until the future is done: show progress, and tell the world that this driver lives."""
-    told = time.monotonic()
-    while not future.done():
-        wait([future], timeout=0.5)
-        view.poll()
-        if time.monotonic() - told >= HEARTBEAT_EVERY_S:
-            run.heartbeat()
-            told = time.monotonic()
+@contextmanager
+def _heartbeat(run: Run) -> Iterator[None]:
+    """Tell the world, from a thread of its own, that this driver lives. A storage that hiccups is asked again."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_EVERY_S):
+            with suppress(StorageError):
+                run.heartbeat()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _warn_of_short_notice(console: Console) -> None:
+    """A job submitted without it is killed 3 s after SIGTERM, which may be too short for a checkpoint."""
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    if submitted and "RAY_JOB_STOP_WAIT_TIME_S" not in os.environ:
+        console.print(
+            "Stopping this job by Ray leaves 3 s for a checkpoint. Use `loray runs stop`, or submit with "
+            '--runtime-env-json \'{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}\'.',
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 @contextmanager
@@ -158,7 +221,12 @@ def _finish(
 ) -> None:
     """Publish, write the report, say where it is."""
     publish = resolved.config.publish
-    manifest = _publish(publish.name, run, resolved, settings, plan, result) if publish else None
+    manifest = None
+    if publish:
+        registry = Registry(settings.home)
+        manifest = _published_before(publish.name, run, registry) or _publish(
+            publish.name, run, resolved, registry, plan, result
+        )
     report = write_report(run, resolved, plan, result, manifest.ref if manifest else None)
     published = {"model": manifest.ref} if manifest else {}
     run.set_state(RunState.SUCCEEDED, step=result.step, report=report, **published)
@@ -170,8 +238,16 @@ def _finish(
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
+def _published_before(family: str, run: Run, registry: Registry) -> Manifest | None:
+    """The version that an earlier attempt of this run published, before it was cut short."""
+    if int(run.status().details.get("attempt", 1)) == 1:
+        return None
+    manifests = (registry.manifest(ModelRef.parse(family).at(v)) for v in reversed(registry.versions(family)))
+    return next((manifest for manifest in manifests if manifest.run == run.id), None)
+
+
 def _publish(
-    family: str, run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, result: TrainResult
+    family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, result: TrainResult
 ) -> Manifest:
     config = resolved.config
     draft = ManifestDraft(
@@ -193,17 +269,17 @@ def _publish(
     with tempfile.TemporaryDirectory(prefix="loray-publish-") as directory:
         for name in storage.list_names(run.path("model")):
             storage.fetch_file(run.path("model", name), Path(directory) / name, None)
-        return Registry(settings.home).publish(family, Path(directory), draft)
+        return registry.publish(family, Path(directory), draft)
 
 
-def _is_dead(host: object, pid: object) -> bool:
-    """Whether the process of this host is gone; of another host nothing is known, so it counts as alive."""
+def _life(host: object, pid: object) -> str:
+    """`alive` or `dead` for a process of this host; of another host, `unknown`."""
     if host != socket.gethostname() or not isinstance(pid, int):
-        return False
+        return "unknown"
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
+        return "dead"
     except PermissionError:
-        return False
-    return False
+        return "alive"
+    return "alive"

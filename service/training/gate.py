@@ -20,6 +20,7 @@ from typing import Any
 
 from service.errors import GateError
 
+TIME_LIMIT_S = 3600  # reading a 70B model twice from a network disk
 FLOAT32_TOLERANCE = 1e-4  # nats: summation order alone
 BF16_FLOOR = 0.05  # nats: one rounding of a logit near 8
 
@@ -56,7 +57,10 @@ class GateReport:
 def run_gate(adapter: Path, base: Path, probe: Path, precision: str) -> GateReport:
     """Check in a fresh process. Raises GateError with every reason."""
     command = [sys.executable, "-m", "service.training.gate", str(adapter), str(base), str(probe), precision]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise GateError(f"the gate's process did not answer within {TIME_LIMIT_S} s; it was ended.") from None
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):

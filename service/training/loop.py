@@ -12,6 +12,7 @@ import gc
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,7 +26,7 @@ from service import storage
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
 from service.data import planner, prepare
-from service.errors import ModelError, TrainingError
+from service.errors import LorayError, ModelError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
 from service.training import optim
@@ -52,7 +53,8 @@ class TrainJob:
     run_id: str
     attempt: int  # 1, and one more for each resume: later attempts win where their steps overlap
     config: dict[str, Any]  # RunConfig, as `model_dump(by_alias=True)` gives it
-    base_digest: str  # what every node must find under model.id
+    base_source: str  # what every node resolves: model.id, or the absolute path where that is a directory
+    base_digest: str  # what every node must find there
     train_digest: str
     eval_digest: str | None
 
@@ -82,24 +84,33 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     """
     started = time.monotonic()
     run = Run.open(job.home, job.run_id)
-    log = RankLog(run, Path(job.cache), world.rank, job.attempt)
+    log = RankLog(run, world.rank, job.attempt)
+    closing: list[Callable[[], None]] = [log.close]
     try:
         session = _Session(job, world, run, log)
-        try:
-            result = session.train_steps(report)
-            if result.stopped is None and world.rank == 0:
-                gate = session.save_and_check()
-                result = TrainResult(result.step, result.metrics, gate=gate, head=result.head)
-        finally:
-            session.close()
-    except BaseException:
+        closing.insert(0, session.close)
+        result = session.train_steps(report)
+        if result.stopped is None and world.rank == 0:
+            gate = session.save_and_check()
+            result = TrainResult(result.step, result.metrics, gate=gate, head=result.head)
+    except BaseException as error:
         log.failed()
+        _close_quietly(closing, error)
         raise
-    finally:
-        log.close()
+    for close in closing:
+        close()
     return TrainResult(
         result.step, result.metrics, result.stopped, result.gate, result.head, time.monotonic() - started
     )
+
+
+def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> None:
+    """Close after a failure; what fails then is added to that failure's notes and never replaces it."""
+    for close in closing:
+        try:
+            close()
+        except LorayError as another:
+            error.add_note(f"and then: {another}")
 
 
 class _Session:
@@ -132,7 +143,7 @@ class _Session:
         head = self._probe_head()
         if step == 0 and self.config.evaluate.at_start:
             self._log(0, self._evaluate())
-        last: Metrics = {}
+        last = self._metrics_of(step)
         while step < self.plan.num_steps:
             last, stop = self._step(step)
             step += 1
@@ -250,17 +261,18 @@ class _Session:
 
     def save_and_check(self) -> GateReport:
         """Save the adapter in PEFT's format, free the memory, and have a fresh process reproduce the probe."""
-        local = Path(self.job.cache) / "runs" / self.job.run_id
-        adapter, probe_file = local / "model", local / "probe.json"
-        save_adapter(self.model, adapter, self.config.model.id)
-        self._make_probe().save(probe_file)
-        del self.objective, self.model, self.optimizer, self.gradients, self.named
-        gc.collect()
-        if self.world.device.type == "cuda":
-            torch.cuda.empty_cache()
-        report = run_gate(adapter, self.base.path, probe_file, self.config.precision)
-        for file in sorted(adapter.iterdir()):
-            storage.put_file(file, storage.join(self.run.uri, "model", file.name))
+        with tempfile.TemporaryDirectory(prefix="loray-gate-") as name:
+            adapter, probe_file = Path(name) / "model", Path(name) / "probe.json"
+            save_adapter(self.model, adapter, self.config.model.id)
+            self._make_probe().save(probe_file)
+            del self.objective, self.model, self.optimizer, self.gradients, self.named
+            gc.collect()
+            if self.world.device.type == "cuda":
+                torch.cuda.empty_cache()
+            base = _verified_base(self.job, Path(self.job.cache))  # again: the cache may have been deleted meanwhile
+            report = run_gate(adapter, base.path, probe_file, self.config.precision)
+            for file in sorted(adapter.iterdir()):
+                storage.put_file(file, storage.join(self.run.uri, "model", file.name))
         return report
 
     def _make_probe(self) -> Probe:
@@ -275,6 +287,11 @@ class _Session:
             log_probs=together.tolist(),
             noise=float((together - alone).abs().max().item()),
         )
+
+    def _metrics_of(self, step: int) -> Metrics:
+        """What an earlier attempt logged for a step, when this one resumes after it."""
+        rows = [row for row in self.run.metrics() if row["step"] == step] if step else []
+        return {name: value for row in rows for name, value in row.items() if name != "step"}
 
     def _probe_head(self) -> str:
         batch = self._batch(self.plan.rows(0)[: self.micro_rows])
@@ -346,11 +363,10 @@ def load_model(path: Path, config: RunConfig, device: torch.device) -> Any:
 
 
 def _verified_base(job: TrainJob, cache: Path) -> BaseModel:
-    source = RunConfig.model_validate(job.config).model
-    base = resolve_base_model(source.id, cache, source.revision)
+    base = resolve_base_model(job.base_source, cache, RunConfig.model_validate(job.config).model.revision)
     if base.digest != job.base_digest:
         raise ModelError(
-            f"base model {source.id!r} on this node has the digest {base.digest[:12]}, the run was planned with "
+            f"base model {job.base_source!r} on this node has the digest {base.digest[:12]}, the run was planned with "
             f"{job.base_digest[:12]}. Give every node the same files, or an s3:// URI."
         )
     return base

@@ -54,13 +54,14 @@ def renderer_for(config: RunConfig, base: BaseModel) -> Renderer:
     return load_renderer(base.path, read_text(template, "model.chat_template") if template else None)
 
 
-def make_run_plan(resolved: ResolvedRun, settings: Settings) -> tuple[RunPlan, Renderer]:
-    """Resolve the base, prepare the data (cached by content), count. Raises ConfigError, DataError, ModelError."""
+def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str, str | None] | None = None) -> RunPlan:
+    """Resolve the base, prepare the data (cached by content), count. Raises ConfigError, DataError, ModelError.
+
+    `digests` of the training and evaluation data, as prepared before, stand in for the source files of a resumed run.
+    """
     config = resolved.config
     base = resolve_base_model(config.model.id, settings.cache, config.model.revision)
-    renderer = renderer_for(config, base)
-    train = _prepared(config.data.train, config, renderer, settings)
-    held_out = _prepared(config.data.eval, config, renderer, settings) if config.data.eval else None
+    train, held_out = _prepared_before(digests, settings) if digests else _prepared(config, base, settings)
     steps = loop.make_plan(config, train.examples)
     total, trainable, frozen_bytes = _parameters(base.path, config)
     rows = prepare.load(train.digest, home=settings.home, cache=settings.cache)
@@ -79,12 +80,22 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings) -> tuple[RunPlan, R
         trainable_weight_bytes=trainable * FLOAT32,
         gradient_bytes=trainable * FLOAT32,
         optimizer_bytes=trainable * FLOAT32 * ADAMW_MOMENTS,
-    ), renderer
+    )
 
 
-def _prepared(uri: str, config: RunConfig, renderer: Renderer, settings: Settings) -> DataCard:
-    data = config.data
-    return prepare.prepare(uri, renderer, home=settings.home, seq_len=data.seq_len, over_long=data.over_long)
+def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> tuple[DataCard, DataCard | None]:
+    data, renderer = config.data, renderer_for(config, base)
+
+    def prepared(uri: str) -> DataCard:
+        return prepare.prepare(uri, renderer, home=settings.home, seq_len=data.seq_len, over_long=data.over_long)
+
+    return prepared(data.train), prepared(data.eval) if data.eval else None
+
+
+def _prepared_before(digests: tuple[str, str | None], settings: Settings) -> tuple[DataCard, DataCard | None]:
+    train, held_out = digests
+    card = prepare.find(train, home=settings.home)
+    return card, prepare.find(held_out, home=settings.home) if held_out else None
 
 
 def _parameters(path: Path, config: RunConfig) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from service.errors import StorageError
 from service.logs import LogReader
 from service.runs import Run
 
@@ -36,6 +37,9 @@ class ProgressView:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar.start()
+        for _, row in self._reader.new_rows()[-1:]:  # of what an earlier attempt did, only where it stands
+            self._show(row)
+        self._first = None
         return self
 
     def __exit__(
@@ -45,17 +49,23 @@ class ProgressView:
         self._bar.stop()
 
     def poll(self) -> None:
-        """Read what is new and show it."""
-        for _, row in self._reader.new_rows():
-            if self._console.is_terminal:
-                self._bar.update(self._task, completed=row["step"], figures=self._figures(row))
-                if "eval/loss" in row:
-                    self._bar.console.print(
-                        f"step {row['step']}: held-out loss {row['eval/loss']:.4f}", highlight=False
-                    )
-            else:
-                line = f"step {row['step']}/{self._num_steps}  {self._figures(row)}"
-                self._console.print(line, highlight=False, soft_wrap=True)
+        """Read what is new and show it. Progress is no reason to end a run: a storage that hiccups is asked again."""
+        try:
+            rows = self._reader.new_rows()
+        except StorageError as error:
+            self._bar.console.print(f"progress cannot be read just now: {error}", markup=False, highlight=False)
+            return
+        for _, row in rows:
+            self._show(row)
+
+    def _show(self, row: dict[str, Any]) -> None:
+        if not self._console.is_terminal:
+            line = f"step {row['step']}/{self._num_steps}  {self._figures(row)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+            return
+        self._bar.update(self._task, completed=row["step"], figures=self._figures(row))
+        if "eval/loss" in row:
+            self._bar.console.print(f"step {row['step']}: held-out loss {row['eval/loss']:.4f}", highlight=False)
 
     def _figures(self, row: dict[str, Any]) -> str:
         parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []

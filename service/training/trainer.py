@@ -25,15 +25,12 @@ def fit(job: TrainJob, workers: int) -> TrainResult:
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    cpus = int(ray.cluster_resources().get("CPU", 0))
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= workers
-    if workers > cpus:
-        raise ClusterError(f"scale.workers is {workers}, the cluster has {cpus} CPUs. Lower it or add nodes.")
+    resources = _resources(workers)
     trainer = TorchTrainer(
         _work,
         train_loop_config=dataclasses.asdict(job),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1 if use_gpu else cpus // workers}
+            num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
         run_config=ray.train.RunConfig(
             name=f"{job.run_id}-a{job.attempt}",
@@ -48,6 +45,27 @@ def fit(job: TrainJob, workers: int) -> TrainResult:
     except ray.train.TrainingFailedError as error:
         raise ClusterError(f"Ray Train could not run the workers: {error}") from error
     return result
+
+
+def _resources(workers: int) -> dict[str, float]:
+    """What one worker asks for: a GPU where every worker can have one, else an equal share of the CPUs that are free.
+
+    No share may be larger than the smallest node, or it could never be placed. Raises ClusterError when there are too few.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    if workers > cpus:
+        raise ClusterError(f"scale.workers is {workers}, the cluster has {cpus} CPUs. Lower it or add nodes.")
+    if 0 < gpus < workers:
+        raise ClusterError(f"scale.workers is {workers}, the cluster has {gpus} GPUs. Lower it or add GPUs.")
+    if gpus:
+        return {"CPU": 1, "GPU": 1}
+    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    smallest = min(count for count in nodes if count)
+    free = ray.available_resources().get("CPU", 0)
+    return {"CPU": max(1, int(min(free // workers, smallest)))}
 
 
 def _work(config: dict[str, Any]) -> TrainResult:

@@ -71,7 +71,7 @@ def endpoint(ray_cluster: str, config: ServeConfig, registry: Registry, settings
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
     with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
         yield Endpoint(url, http, client, registry, settings)
-    app.stop()
+    app.stop(config.endpoint)
 
 
 @pytest.fixture

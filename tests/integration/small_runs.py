@@ -53,7 +53,7 @@ def write_run_file(directory: Path, base: Path, num_rows: int = 20, **blocks: An
 def make_job(run_file: Path, settings: Settings, overrides: Sequence[str] = ()) -> tuple[Run, TrainJob]:
     """A created run and what its workers would be given."""
     resolved = load_run(str(run_file), overrides)
-    plan, _ = make_run_plan(resolved, settings)
+    plan = make_run_plan(resolved, settings)
     run = Run.create(settings.home, "small", resolved.text, resolved.as_json())
     job = TrainJob(
         home=settings.home,
@@ -61,6 +61,7 @@ def make_job(run_file: Path, settings: Settings, overrides: Sequence[str] = ()) 
         run_id=run.id,
         attempt=1,
         config=resolved.config.model_dump(mode="json", by_alias=True),
+        base_source=str(plan.base.path),
         base_digest=plan.base.digest,
         train_digest=plan.train.digest,
         eval_digest=plan.eval.digest if plan.eval else None,

@@ -11,6 +11,7 @@ import httpx
 import openai
 import pytest
 
+from serve.desired import EndpointFiles
 from service.config import ServeConfig
 from service.errors import ClusterError, ConfigError, ModelError
 from service.registry import Registry
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 
-def test_a_replica_that_cannot_start_leaves_no_application(
+def test_a_replica_that_cannot_start_leaves_no_application_and_no_registration(
     ray_cluster: str, config: ServeConfig, registry: Registry, settings: Settings
 ) -> None:
     import ray.serve as ray_serve
@@ -35,9 +36,11 @@ def test_a_replica_that_cannot_start_leaves_no_application(
 
     values = config.model_dump(by_alias=True)
     values["engine"]["max_context"] = 100_000  # the tiny model has 512 positions: the engine refuses, in the replica
+    values["adapters"] = ("red@1",)
     with pytest.raises(ClusterError, match="512"):
         app.start(ServeConfig.model_validate(values), settings)
     assert ray_serve.status().applications == {}
+    assert EndpointFiles(settings.home, config.endpoint).read().adapters == {}, "the registration is taken back"
 
 
 def test_the_base_answers_openais_client_and_says_who_answered(endpoint: Endpoint) -> None:
@@ -198,7 +201,32 @@ def test_a_wrong_config_leaves_the_running_endpoint_alone(endpoint: Endpoint, co
         started(model="nowhere")
     with pytest.raises(ConfigError, match="foreign@1"):
         started(adapters=("foreign@1", "red@1"))
-    with pytest.raises(ClusterError, match="already"):
-        started(endpoint="other")
     assert list(ray_serve.status().applications) == ["loray-test"]
     assert endpoint.names() == []
+
+
+def test_an_endpoint_answers_on_when_another_one_is_refused_and_stopped(endpoint: Endpoint, config: ServeConfig) -> None:
+    from serve import app
+
+    before = endpoint.ask("base")
+    values = {**config.model_dump(by_alias=True), "endpoint": "other", "adapters": ("red@1",)}
+    with pytest.raises(ClusterError, match="'test' already"):
+        app.start(ServeConfig.model_validate(values), endpoint.settings)
+    assert endpoint.ask("base") == before
+    assert EndpointFiles(endpoint.settings.home, "other").read().epoch == 0, "what cannot start writes nothing"
+    app.stop("other")
+    assert endpoint.ask("base") == before
+
+
+def test_a_web_page_under_a_name_of_its_own_gets_no_answer(endpoint: Endpoint) -> None:
+    port = httpx.URL(endpoint.url).port
+    for host, status in {
+        "evil.example": 400,
+        f"evil.example:{port}": 400,
+        f"127.0.0.1.evil.example:{port}": 400,
+        f"127.0.0.1:{port}": 200,
+        f"localhost:{port}": 200,
+        f"[::1]:{port}": 200,
+    }.items():
+        assert endpoint.http.get("/v1/models", headers={"host": host}).status_code == status, host
+    assert endpoint.http.delete("/v1/adapters/red", headers={"host": "evil.example"}).status_code == 400

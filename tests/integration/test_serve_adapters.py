@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+
+from pathlib import Path
 
 import pytest
 
+from serve.desired import EndpointFiles
+from serve.registration import register
+from serve.routing import Registered
 from service.config import ServeConfig
 from service.domain import ModelRef
 from service.registry import Registry
 from service.settings import Settings
-from tests.integration.serving import HELLO, Endpoint, clear, wait_until
+from tests.integration.serving import Endpoint, clear, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -50,9 +56,10 @@ def test_an_alias_is_followed_and_its_version_must_be_registered(loaded: Endpoin
 
 
 def test_a_swap_under_load_finishes_each_answer_on_the_version_it_started_with(loaded: Endpoint) -> None:
-    one, two = loaded.ask("red", max_tokens=60), None
+    one = loaded.ask("red", max_tokens=60)
     with ThreadPoolExecutor(4) as pool:
         answers = [pool.submit(loaded.post, model="red", max_tokens=60, temperature=0) for _ in range(8)]
+        answers[0].result()  # the first one is answered, the next are under way
         assert loaded.put("red", "red@2").status_code == 200
         answers += [pool.submit(loaded.post, model="red", max_tokens=60, temperature=0) for _ in range(4)]
         bodies = [answer.result().json() for answer in answers]
@@ -60,6 +67,7 @@ def test_a_swap_under_load_finishes_each_answer_on_the_version_it_started_with(l
     assert one != two
     for body in bodies:
         assert body["choices"][0]["message"]["content"] == {"red@1": one, "red@2": two}[body["model"]]
+    assert "red@1" in {body["model"] for body in bodies[:8]}
     assert {body["model"] for body in bodies[-4:]} == {"red@2"}
     wait_until(lambda: loaded.replica()["free_columns"] == 8, "the old version has given its columns back")
 
@@ -83,13 +91,25 @@ def test_short_columns_evict_the_idle_and_requests_bring_the_evicted_back(loaded
 
 def test_without_room_a_put_says_pending_and_keeps_the_registration(endpoint: Endpoint) -> None:
     endpoint.put("wide", "wide@1")
-    long = {"model": "wide", "messages": HELLO, "max_tokens": 200, "stream": True}
-    with endpoint.http.stream("POST", "/v1/chat/completions", json=long) as stream:
-        next(stream.iter_lines())
-        response = endpoint.http.put("/v1/adapters/red?wait=resident&timeout=1.5", json={"model": "red@1"})
-        if response.status_code != 200:  # the long answer was still running
-            assert response.status_code == 504
-            assert "needs 8 columns, 0 free" in response.json()["error"]["message"]
+    answered = threading.Event()
+
+    def keep_busy() -> None:
+        while not answered.is_set():
+            endpoint.post(model="wide", max_tokens=100).raise_for_status()
+
+    # Twelve callers on four slots: there are always some in line, so wide is in use until the PUT is answered.
+    with ThreadPoolExecutor(12) as pool:
+        callers = [pool.submit(keep_busy) for _ in range(12)]
+        try:
+            wait_until(lambda: endpoint.replica()["running"] > 8, "wide is in use")
+            response = endpoint.http.put("/v1/adapters/red?wait=resident&timeout=2", json={"model": "red@1"})
+        finally:
+            answered.set()
+        for caller in callers:
+            caller.result()
+    assert response.status_code == 504
+    assert "needs 8 columns, 0 free" in response.json()["error"]["message"]
+    assert endpoint.names() == ["red", "wide"]
     wait_until(lambda: endpoint.post(model="red", max_tokens=1).status_code == 200, "red has found room")
     clear(endpoint)
 
@@ -138,14 +158,37 @@ def test_unknown_parts_of_a_put_are_named(endpoint: Endpoint) -> None:
     clear(endpoint)
 
 
-def test_the_serve_files_adapters_are_desired_under_their_labels(
+def test_the_serve_files_adapters_have_a_label_each_and_nothing_is_written_by_looking(
     config: ServeConfig, registry: Registry, settings: Settings
 ) -> None:
     from serve.app import prepare
 
     registry.set_alias("blue", "production", 1)
-    values = {**config.model_dump(by_alias=True), "endpoint": "other", "adapters": ("red@1", "blue")}
-    desired = prepare(ServeConfig.model_validate(values), settings).files.read()
-    assert desired.epoch == 1
-    assert {label: entry.model for label, entry in desired.adapters.items()} == {"red@1": "red@1", "blue": "blue@1"}
-    assert desired.adapters["blue"].digest == registry.manifest(ModelRef.parse("blue@1")).digest
+    registry.set_alias("red", "production", 1)
+    registry.set_alias("red", "canary", 2)
+    values = {
+        **config.model_dump(by_alias=True),
+        "endpoint": "other",
+        "adapters": ("red@production", "red@canary", "blue"),
+    }
+    prepared = prepare(ServeConfig.model_validate(values), settings)
+    models = {label: entry.model for label, entry in prepared.adapters.items()}
+    assert models == {"red@1": "red@1", "red@2": "red@2", "blue": "blue@1"}
+    assert prepared.adapters["blue"].digest == registry.manifest(ModelRef.parse("blue@1")).digest
+    assert prepared.files.read().epoch == 0
+
+
+def test_a_registration_taken_back_leaves_what_was_there_and_what_others_wrote_since(tmp_path: Path) -> None:
+    files = EndpointFiles(str(tmp_path), "e")
+    one, two, other = (Registered(model=f"red@{n}", digest=f"d{n}") for n in (1, 2, 3))
+    register(files, {"kept": one, "swapped": one})
+    registration = register(files, {"swapped": two, "new": two, "taken": two})
+    register(files, {"taken": other})
+    registration.take_back()
+    adapters = files.read().adapters
+    assert {label: entry.model for label, entry in adapters.items()} == {
+        "kept": "red@1",
+        "swapped": "red@1",
+        "taken": "red@3",
+    }
+    assert files.read().epoch == 4

@@ -24,7 +24,7 @@ class Bench:
     def __init__(self, columns: int = 16) -> None:
         self.table = AdapterTable(columns)
         self.bank: dict[str, int] = {}
-        self.columns, self.epoch = columns, 0
+        self.columns, self.epoch, self.num_loads = columns, 0, 0
 
     def want(self, **labels: str) -> None:
         self.epoch += 1
@@ -37,8 +37,11 @@ class Bench:
                 self.table.fetched(action.digest, RANKS[action.digest])
             elif isinstance(action, Load):
                 self.bank[action.digest] = RANKS[action.digest]
+                self.num_loads += 1
                 self.table.loaded(action.digest, RANKS[action.digest])
             else:
+                adapter = self.table.adapters[action.digest]
+                assert adapter.waiting == 0 or not adapter.wanted, "what a request waits for is not evicted"
                 del self.bank[action.digest]
                 self.table.unloaded(action.digest)
 
@@ -178,6 +181,27 @@ def test_an_evicted_adapter_comes_back_only_when_a_request_waits_for_it() -> Non
     assert bench.state(kept) is AdapterState.CACHED
 
 
+def test_adapters_that_are_waited_for_do_not_evict_each_other_and_each_has_its_turn() -> None:
+    """Requests for three adapters on columns for one: a load for each answer, and the longest wait goes first."""
+    bench, answered = Bench(columns=8), []
+    bench.want(a="a1", b="b1", z="a2")
+    for digest in ("a2", "b1", "a1"):
+        bench.table.wait(digest)
+    before = bench.num_loads
+    for _ in range(9):
+        bench.settle()
+        (digest,) = bench.bank
+        assert bench.table.acquire(digest, None) == digest
+        bench.table.stop_waiting(digest)
+        bench.table.wait(digest)  # the next request for it comes before this one has ended
+        bench.table.stop_waiting(digest)
+        bench.release(digest)
+        bench.table.wait(digest)
+        answered.append(digest)
+    assert {digest: answered.count(digest) for digest in answered} == {"a1": 3, "a2": 3, "b1": 3}
+    assert bench.num_loads - before <= 10
+
+
 def test_an_adapter_larger_than_the_whole_bank_is_refused_with_both_numbers() -> None:
     bench = Bench(columns=16)
     bench.want(h="huge")
@@ -229,27 +253,43 @@ def test_when_the_engine_has_less_room_than_it_said_an_idle_adapter_goes() -> No
 
 
 def test_any_order_of_events_keeps_what_runs_resident_and_ends_clean() -> None:
-    """2000 random events: whatever runs is in the bank, the bank never overflows, and at the end nothing is left."""
+    """4000 random events: whatever runs is in the bank, the bank never overflows, and at the end nothing is left."""
     rng = random.Random(7)
-    bench, running = Bench(columns=24), []
-    for _ in range(2000):
+    bench, running, waiting = Bench(columns=24), [], []
+
+    def ask(digest: str) -> None:
+        try:
+            answering = bench.table.acquire(digest, None)
+        except NotFoundError:
+            return
+        if answering:
+            running.append(answering)
+        else:
+            bench.table.wait(digest)
+            waiting.append(digest)
+            bench.settle()
+
+    for _ in range(4000):
         choice = rng.random()
-        if choice < 0.3:
+        if choice < 0.1:
             labels = {label: rng.choice([f"{label}1", "a2"]) for label in ("a", "b", "c") if rng.random() < 0.7}
             bench.want(**labels)
-        elif choice < 0.7 and bench.table.adapters:
-            digest = rng.choice(sorted(bench.table.adapters))
-            try:
-                answering = bench.table.acquire(digest, None)
-            except NotFoundError:
-                answering = None
-            if answering:
-                running.append(answering)
+        elif choice < 0.4 and bench.table.adapters:
+            ask(rng.choice(sorted(bench.table.adapters)))
+        elif choice < 0.6 and waiting:  # it looks again, or gives up
+            digest = waiting.pop(rng.randrange(len(waiting)))
+            if rng.random() < 0.8:
+                ask(digest)
+            bench.table.stop_waiting(digest)
+            bench.settle()
         elif running:
             bench.release(running.pop(rng.randrange(len(running))))
         assert set(running) <= set(bench.bank)
         assert sum(bench.bank.values()) <= 24
         assert {d for d, a in bench.table.adapters.items() if a.resident} == set(bench.bank)
+    assert bench.num_loads > 100
+    for digest in waiting:
+        bench.table.stop_waiting(digest)
     bench.want()
     while running:
         bench.release(running.pop())

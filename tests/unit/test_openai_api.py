@@ -123,6 +123,39 @@ def test_what_is_no_json_object_is_refused(raw: bytes) -> None:
         parse_chat(raw)
 
 
+def test_one_key_twice_among_a_hundred_thousand_is_found() -> None:
+    keys = ",".join(f'"k{i}":0' for i in range(100_000))
+    with pytest.raises(RequestError, match='"k99999" stands twice'):
+        parse_chat(f'{{{keys},"k99999":1}}'.encode())
+
+
+def test_what_is_wrong_with_thousands_of_messages_is_a_short_text() -> None:
+    with pytest.raises(RequestError, match="holds 500000 messages, at most 4096") as caught:
+        parse_chat(body(messages=[1] * 500_000))
+    assert caught.value.param == "messages"
+    with pytest.raises(RequestError, match=r"messages\[19\]: .* \.\.\. and 4076 more problems\.$") as caught:
+        parse_chat(body(messages=[1] * 4096))
+    assert len(str(caught.value)) < 4000
+
+
+def test_the_parts_of_all_messages_together_are_bounded() -> None:
+    part = {"type": "text", "text": "a"}
+    message = {"role": "user", "content": [part] * 2048}
+    assert len(parse_chat(body(messages=[message, message])).messages) == 2
+    with pytest.raises(RequestError, match=r"messages\[2\]\.content: all messages together have more than 4096 parts"):
+        parse_chat(body(messages=[message, message, message]))
+    with pytest.raises(RequestError) as caught:
+        parse_chat(body(messages=[{"role": "user", "content": [1] * 4096}] * 100))
+    assert len(str(caught.value)) < 4000
+
+
+@pytest.mark.parametrize("depth", [500, 900, 980, 990, 1000, 2000])
+def test_a_value_nested_too_deeply_to_be_shown_is_refused(depth: int) -> None:
+    nested = b"[" * depth + b"]" * depth
+    with pytest.raises(RequestError):
+        parse_chat(body(stop="@").replace(b'"@"', nested))
+
+
 def test_a_number_too_large_for_a_float_is_refused() -> None:
     with pytest.raises(RequestError, match="temperature"):
         parse_chat(body(temperature="@").replace(b'"@"', b"1e999"))

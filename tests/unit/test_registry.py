@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -275,3 +276,13 @@ def test_a_source_that_cannot_be_read_is_a_storage_error(tmp_path: Path, adapter
     (adapter / "adapter_config.json").chmod(0)
     with pytest.raises(StorageError, match=r"adapter_config\.json"):
         Registry(str(tmp_path / "home")).publish("tickets", adapter, DRAFT)
+
+
+def test_a_claim_that_is_young_is_not_taken_for_abandoned(home: str, tmp_path: Path) -> None:
+    registry = Registry(home)
+    created = datetime.now(UTC).isoformat()
+    for version, claim in ((1, {"created_at": created}), (2, {"created_at": "2020-01-01T00:00:00+00:00"})):
+        uri = storage.join(home, "models", "default", "tickets", str(version), "claim.json")
+        storage.create_exclusive(uri, json.dumps(claim).encode())
+    assert [uri.rsplit("/", 1)[1] for uri in registry.unfinished()] == ["1", "2"]
+    assert [uri.rsplit("/", 1)[1] for uri in registry.unfinished(older_than_s=3600)] == ["2"]

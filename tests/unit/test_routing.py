@@ -59,6 +59,7 @@ def test_a_label_answers_where_no_alias_production_exists() -> None:
         "other@10",  # another project
         "nobody",
         "a@b@c",
+        f"tickets@{'9' * 5000}",  # more digits than Python reads as a number
         "../etc",
         "TICKETS",
         "",
@@ -79,6 +80,13 @@ def test_an_alias_to_an_unregistered_version_says_which() -> None:
 def test_every_listed_name_resolves_to_the_listed_digest() -> None:
     for name, digest in ROUTES.names():
         assert resolve(name, ROUTES).digest == digest
+
+
+def test_a_label_hidden_by_an_alias_that_leads_nowhere_is_not_listed() -> None:
+    routes = Routes("tiny", "b0", ROUTES.labels, {"tickets": {"production": 3}})
+    with pytest.raises(UnknownModelError, match="means tickets@3, which is not registered"):
+        resolve("tickets", routes)
+    assert [name for name, _ in routes.names()] == ["tiny", "mine", "tickets@1", "tickets@2", "team/other@10"]
 
 
 def test_the_error_survives_pickling() -> None:

@@ -46,6 +46,7 @@ _GATEWAY_CPUS = 0.1
 _ENGINE_CPUS = 0.5
 _START_LIMIT_S = 1800.0  # reading a 70B model from a network disk
 _ROUTE_LIMIT_S = 60.0
+_PORT_LIMIT_S = 30.0
 _LOOK_EVERY_S = 0.2
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _DEPLOY_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
@@ -113,7 +114,16 @@ def _take_off(name: str, *, shut_down: bool) -> None:
     if name in ray_serve.status().applications:
         ray_serve.delete(name)
     if shut_down and not ray_serve.status().applications:
-        ray_serve.shutdown()
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """Shut Serve down and wait until its proxy has let the port go, so that the next start finds it free."""
+    options = _http_options()
+    ray_serve.shutdown()
+    deadline = time.monotonic() + _PORT_LIMIT_S
+    while options is not None and _taken(options.port) and time.monotonic() < deadline:
+        time.sleep(_LOOK_EVERY_S)
 
 
 def prepare(config: ServeConfig, settings: Settings) -> Prepared:
@@ -209,7 +219,9 @@ def _check_free(config: ServeConfig) -> bool:
         )
     running = _check_loopback(config.port)
     if not running:
-        _check_port(config.port)
+        reason = _taken(config.port)
+        if reason:
+            raise ClusterError(f"port {config.port} of {HOST} is taken: {reason}. Set another port in the file.")
     needed, total = _GATEWAY_CPUS + config.replicas * _ENGINE_CPUS, _cluster_total("CPU")
     if total < needed:
         raise ClusterError(
@@ -220,13 +232,9 @@ def _check_free(config: ServeConfig) -> bool:
 
 def _check_loopback(port: int | None) -> bool:
     """Whether Serve runs already; ClusterError if it listens to the world, or on another port than `port`."""
-    # Serve keeps the options of whoever started it first and only warns; no public call tells them.
-    from ray.serve.context import _get_global_client
-
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
+    options = _http_options()
+    if options is None:
         return False
-    options = client.http_config
     if options.host not in (HOST, "localhost", "::1"):
         raise ClusterError(
             f"Ray Serve listens on {options.host} in this cluster, and loray has no API keys yet: it serves on {HOST} only. "
@@ -239,15 +247,23 @@ def _check_loopback(port: int | None) -> bool:
     return True
 
 
-def _check_port(port: int) -> None:
+def _http_options() -> Any:
+    """Serve's host and port, or None where it does not run. It keeps those of whoever started it, and only warns."""
+    from ray.serve.context import _get_global_client  # no public call tells them
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.http_config
+
+
+def _taken(port: int) -> str:
+    """Why the port cannot be had; empty if it can."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            raise ClusterError(
-                f"port {port} of {HOST} is taken: {error.strerror}. Set another port in the file."
-            ) from None
+            return error.strerror or str(error)
+    return ""
 
 
 def _cluster_total(resource: str) -> float:

@@ -30,27 +30,35 @@ STAGED_LIMIT_BYTES = 100 * 2**20  # Ray's own limit for a working directory
 STOP_WAIT_S = 120  # between SIGTERM and SIGKILL: time for a checkpoint
 
 
-def use_token_authentication() -> None:
-    """Tell this process, and the Ray processes it starts, to authenticate by token; make a token where there is none.
+def use_token_authentication(*, make_token: bool = False) -> None:
+    """Tell this process, and the Ray processes it starts, to authenticate by token, where there is a token.
 
-    An explicit RAY_AUTH_MODE is the operator's decision and is kept. Ray reads the mode when it is imported: call this
-    before, or ClusterError.
+    `make_token` makes one where there is none: for a cluster about to be started here; a token made here would not be
+    another cluster's. An explicit RAY_AUTH_MODE is the operator's decision and is kept. Ray reads the mode when it is
+    imported: call this before, or ClusterError.
     """
-    if "ray" in sys.modules and "RAY_AUTH_MODE" not in os.environ:
+    if "RAY_AUTH_MODE" in os.environ and os.environ["RAY_AUTH_MODE"] != "token":
+        return
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if make_token and not os.environ.get("RAY_AUTH_TOKEN") and not file.is_file():
+        _write_token(file)
+    if "RAY_AUTH_MODE" in os.environ or not (os.environ.get("RAY_AUTH_TOKEN") or file.is_file()):
+        return
+    if "ray" in sys.modules:
         raise ClusterError(
             "Ray was imported before its authentication mode was set. Set RAY_AUTH_MODE=token in the environment, or call "
             "service.launcher.use_token_authentication() before anything imports ray."
         )
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
-        return
-    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent) as aside:  # readable by its owner only
-            aside.write(secrets.token_hex(32))
-            aside.flush()
-            with suppress(FileExistsError):  # another process has just made one, and it counts for both
-                os.link(aside.name, file)
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _write_token(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent) as aside:  # readable by its owner only
+        aside.write(secrets.token_hex(32))
+        aside.flush()
+        with suppress(FileExistsError):  # another process has just made one, and it counts for both
+            os.link(aside.name, file)
 
 
 def connect() -> None:
@@ -58,12 +66,12 @@ def connect() -> None:
     loaded = sys.modules.get("ray")
     if loaded is not None and loaded.is_initialized():
         return
-    use_token_authentication()
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    use_token_authentication(make_token=address == "local")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     import ray
 
-    address = os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(address=address, logging_level="ERROR", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:

@@ -25,14 +25,15 @@ def publishable_files(source: Path) -> list[str]:
     for entry in entries:
         if entry.is_symlink() or not entry.is_file():
             problems.append(f"{entry.name} is no regular file (links and subdirectories are not published)")
-        elif problem := _name_problem(entry.name):
+        elif problem := name_problem(entry.name):
             problems.append(problem)
     if problems:
         raise ModelError(f"{source} cannot be published: {'; '.join(problems)}. Correct the directory, then repeat.")
     return [entry.name for entry in entries]
 
 
-def _name_problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
+    """Why a file of this name is not published, or None."""
     if not _FILE_NAME.fullmatch(name):
         return f"{name!r} is hidden or no plain name (letters, digits, '.', '_', '-')"
     if name in REGISTRY_FILES:

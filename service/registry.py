@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from service import storage
 from service.domain import FileEntry, Manifest, ModelRef, check_name
 from service.errors import ConfigError, ConflictError, NotFoundError, StorageError
-from service.publishable import REGISTRY_FILES, publishable_files
+from service.publishable import REGISTRY_FILES, name_problem, publishable_files
 
 DEFAULT_ALIAS = "production"
 _ATTEMPTS = 200  # of losing a race: each loss means that somebody else has won one
@@ -246,7 +246,7 @@ class Registry:
 
     def _download(self, ref: ModelRef, manifest: Manifest, target: Path) -> None:
         uri = self._directory(ref)
-        if model_digest(manifest.files) != manifest.digest or any(map(_name_problem, manifest.files)):
+        if model_digest(manifest.files) != manifest.digest or any(map(name_problem, manifest.files)):
             raise StorageError(
                 f"{uri}/manifest.json contradicts itself: its digest or a file name is wrong. Publish again."
             )

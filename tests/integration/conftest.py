@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,17 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         "LORAY_HOME": str(home / "loray"),
         "LORAY_CACHE": str(home / "cache"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs call plain `python`
         "HF_HUB_OFFLINE": "1",
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
     }
-    removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH")
+    removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    token = (
+        home / ".ray" / "auth_token"
+    )  # a file, because submitted jobs find it and do not get their parent's variables
+    token.parent.mkdir()
+    token.write_text(secrets.token_hex(32))
     before = {name: os.environ.get(name) for name in (*wanted, *removed)}
     os.environ.update(wanted)
     for name in removed:

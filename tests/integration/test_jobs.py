@@ -155,6 +155,7 @@ def test_a_submitted_job_succeeds_and_a_mistyped_key_fails_with_our_message(plac
     assert len(list_runs(place.settings.home)) == 1  # the mistyped one left no run
 
 
+@pytest.mark.long
 def test_loray_train_with_an_address_submits_and_follows_the_log(place: Place) -> None:
     output = place.loray("train", str(place.run_file), "--address", place.dashboard, "--set", "optim.max_steps=4")
     run = place.newest()
@@ -169,6 +170,37 @@ def test_loray_train_with_an_address_submits_and_follows_the_log(place: Place) -
     assert "ended SUCCEEDED" in place.loray(*arguments)
 
 
+@pytest.mark.long
+def test_a_submitted_run_that_was_stopped_goes_on_in_a_job_of_its_own(place: Place) -> None:
+    long = ["--address", place.dashboard, "--set", "optim.epochs=2000"]
+    place.loray("train", str(place.run_file), "-d", *long)
+    wait_until(lambda: bool(list_runs(place.settings.home)), "the job has made its run")
+    run = place.newest()
+    wait_until(lambda: len(losses(run)) > 3, "it trains")
+    place.loray("runs", "stop", run.id)
+    assert "SUCCEEDED" in place.loray("runs", "attach", run.id, "--address", place.dashboard)
+    assert run.status().state is RunState.STOPPED
+    stopped_at = len(losses(run))
+    assert run.resolved()["overrides"][0] == "optim.epochs=2000"
+    # The data lies nowhere that this machine or the second job could find: what was prepared is enough.
+    for name in ("train.jsonl", "eval.jsonl"):
+        (place.run_file.parent / name).unlink()
+    place.loray("train", "--resume", run.id, "--address", place.dashboard, "-d")
+    wait_until(lambda: len(losses(run)) > stopped_at, "it goes on")
+    place.loray("runs", "stop", run.id)
+    place.loray("runs", "attach", run.id, "--address", place.dashboard)
+    assert run.status().details["attempt"] == 2
+    assert len(losses(run)) > stopped_at
+
+
+@pytest.mark.long
+def test_a_base_model_may_be_named_by_a_relative_path(place: Place, base: Path) -> None:
+    relative = os.path.relpath(base, ROOT)
+    output = place.train(str(place.run_file), "--set", f"model={relative}", "--set", "optim.max_steps=2")
+    assert "Published small@1" in output
+
+
+@pytest.mark.long
 def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place) -> None:
     place.loray("train", str(place.run_file), "-d", "--set", "optim.epochs=2000")
     run = place.newest()

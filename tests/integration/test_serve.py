@@ -205,7 +205,9 @@ def test_a_wrong_config_leaves_the_running_endpoint_alone(endpoint: Endpoint, co
     assert endpoint.names() == []
 
 
-def test_an_endpoint_answers_on_when_another_one_is_refused_and_stopped(endpoint: Endpoint, config: ServeConfig) -> None:
+def test_an_endpoint_answers_on_when_another_one_is_refused_and_stopped(
+    endpoint: Endpoint, config: ServeConfig
+) -> None:
     from serve import app
 
     before = endpoint.ask("base")

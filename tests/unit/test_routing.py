@@ -86,7 +86,7 @@ def test_a_label_hidden_by_an_alias_that_leads_nowhere_is_not_listed() -> None:
     routes = Routes("tiny", "b0", ROUTES.labels, {"tickets": {"production": 3}})
     with pytest.raises(UnknownModelError, match="means tickets@3, which is not registered"):
         resolve("tickets", routes)
-    assert [name for name, _ in routes.names()] == ["tiny", "mine", "tickets@1", "tickets@2", "team/other@10"]
+    assert [name for name, _ in routes.names()] == ["tiny", "mine", "tickets@1", "team/other@10", "tickets@2"]
 
 
 def test_the_error_survives_pickling() -> None:

@@ -1,0 +1,122 @@
+"""The threads of one replica's adapters: the heart beats while a load takes its time, and no error repeats for ever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from serve.adapter_sync import AdapterSync
+from serve.desired import EndpointFiles, ReplicaReport
+from serve.registration import register
+from serve.routing import Registered
+from service.domain import Manifest
+from service.inference.engine import AdapterInfo, GenerationRequest, OnChunk
+from service.registry import ManifestDraft, Registry
+
+BASE = "b" * 64
+DEADLINE_S = 20.0
+
+
+class SlowEngine:
+    """An engine of 16 columns that takes as long over a load as the test wants."""
+
+    max_context, num_slots, max_columns = 64, 2, 16
+
+    def __init__(self) -> None:
+        self.may_load = threading.Event()
+        self.loading = threading.Event()
+        self.resident: dict[str, AdapterInfo] = {}
+
+    @property
+    def free_columns(self) -> int:
+        return self.max_columns - sum(info.num_columns for info in self.resident.values())
+
+    def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
+        self.loading.set()
+        assert self.may_load.wait(DEADLINE_S)
+        self.resident[digest] = AdapterInfo(rank=4, num_columns=4, bytes=1)
+        return self.resident[digest]
+
+    def unload_adapter(self, digest: str) -> None:
+        del self.resident[digest]
+
+    def adapters(self) -> dict[str, AdapterInfo]:
+        return dict(self.resident)
+
+    def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+    def check(self) -> None: ...
+
+    def start(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def published(home: Path) -> Manifest:
+    source = home / "source"
+    source.mkdir()
+    (source / "adapter_config.json").write_text("{}")
+    (source / "adapter_model.safetensors").write_bytes(b"weights")
+    draft = ManifestDraft(base_model="b", base_digest=BASE, renderer_digest="11", rank=4, alpha=8)
+    return Registry(str(home)).publish("red", source, draft)
+
+
+def entry(manifest: Manifest) -> Registered:
+    return Registered(model=manifest.ref, digest=manifest.digest)
+
+
+@contextmanager
+def running(engine: SlowEngine, files: EndpointFiles, cache: Path) -> Iterator[AdapterSync]:
+    sync = AdapterSync(engine, files, BASE, "r1", cache, heartbeat_every_s=0.02)
+    sync.start()
+    try:
+        yield sync
+    finally:
+        engine.may_load.set()
+        sync.close()
+
+
+def report_when(files: EndpointFiles, condition: Callable[[ReplicaReport], bool]) -> ReplicaReport:
+    """The first report that satisfies; the pause is an Event nobody sets."""
+    pause = threading.Event()
+    for _ in range(int(DEADLINE_S / 0.02)):
+        found = next((report for report in files.reports() if condition(report)), None)
+        if found:
+            return found
+        pause.wait(0.02)
+    raise AssertionError(f"not within {DEADLINE_S:g} s; the reports are {files.reports()}")
+
+
+def test_the_heart_beats_while_an_adapter_is_being_loaded(tmp_path: Path) -> None:
+    files, engine, manifest = EndpointFiles(str(tmp_path), "e"), SlowEngine(), published(tmp_path)
+    with running(engine, files, tmp_path / "cache"):
+        register(files, {"red": entry(manifest)})
+        assert engine.loading.wait(DEADLINE_S)
+        first = report_when(files, lambda r: manifest.digest in r.adapters)
+        assert first.adapters[manifest.digest].state == "cached", "told after each action, before the load has ended"
+        report_when(files, lambda r: r.heartbeat_at > first.heartbeat_at)
+        assert not engine.resident
+        engine.may_load.set()
+        report_when(files, lambda r: r.adapters[manifest.digest].state == "resident")
+    assert files.reports() == [], "a replica that ends takes its report away"
+
+
+def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files, engine, manifest = EndpointFiles(str(tmp_path), "e"), SlowEngine(), published(tmp_path)
+    with running(engine, files, Path("no\0directory")):
+        register(files, {"red": entry(manifest)})
+        refused = report_when(
+            files, lambda r: manifest.digest in r.adapters and r.adapters[manifest.digest].detail != ""
+        )
+    adapter = refused.adapters[manifest.digest]
+    assert adapter.state == "refused"
+    assert "null" in adapter.detail
+    assert "Traceback" in caplog.text

@@ -150,7 +150,11 @@ def application(prepared: Prepared) -> ray_serve.Application:
     engine = ray_serve.deployment(
         name="Engine",
         num_replicas=config.replicas,
-        ray_actor_options={"num_cpus": _ENGINE_CPUS, "num_gpus": num_gpus},
+        ray_actor_options={
+            "num_cpus": _ENGINE_CPUS,
+            "num_gpus": num_gpus,
+            "runtime_env": {"env_vars": launcher.ALLOCATOR},
+        },
         max_ongoing_requests=4 * slots,  # the engine batches `slots` of them; the next are at hand when one ends
         max_queued_requests=16 * slots,
         graceful_shutdown_timeout_s=300,

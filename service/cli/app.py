@@ -7,6 +7,7 @@ Every heavy import stands inside the command that needs it. Commands about runs 
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -141,6 +142,7 @@ def gc(
 
 def main() -> None:
     """The console script: loray's own errors become a message and an exit code, everything else is a bug and shows."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more, and --json is for machines
     try:
         app()
     except LorayError as error:

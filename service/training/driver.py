@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -46,16 +47,15 @@ def train_run(
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     plan = make_run_plan(resolved, settings, _digests(resume))
     run = resume or Run.create(settings.home, run_name(resolved), resolved.text, resolved.as_json(), id=run_id)
+    attempt = _begin(run, plan)
     try:
-        attempt = _begin(run, plan)
         console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
         _warn_of_short_notice(console)
         with _heartbeat(run):
             _train_and_finish(_job(resolved, settings, run, attempt, plan), run, resolved, settings, plan, console)
-    except ConflictError:
-        raise  # another driver has this run: its status is not ours to write
     except BaseException as error:
-        run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
+        with suppress(ConflictError):  # it had already ended, and only what came after has failed
+            run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
         if isinstance(error, LorayError) and isinstance(error, (ValueError, LookupError)):
             # Not a mistake in the input any more: there is a run, and it has failed.
             raise TrainingError(f"run {run.id} failed: {type(error).__name__}: {error}") from error
@@ -97,7 +97,7 @@ def reopen(home: str, id_or_latest: str) -> Run:
     if status.state is RunState.SUCCEEDED:
         raise ConflictError(f"run {run.id} has succeeded: there is nothing to resume. Start a new run.")
     if status.state in (RunState.RUNNING, RunState.LOST):
-        life = _life(status.details.get("host"), status.details.get("pid"))
+        life = _life(status.details)
         if life == "alive" or (life == "unknown" and status.state is RunState.RUNNING):
             raise ConflictError(
                 f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
@@ -120,7 +120,7 @@ def newest_run_of(home: str, run_file: str) -> str:
 def _begin(run: Run, plan: RunPlan) -> int:
     """Mark the run as running here; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
-    here: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname()}
+    here: dict[str, Any] = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
     data: dict[str, Any] = {"train_digest": plan.train.digest, "eval_digest": plan.eval.digest if plan.eval else None}
     run.set_state(RunState.RUNNING, attempt=attempt, num_steps=plan.num_steps, **here, **data)
     run.clear_stop()
@@ -272,14 +272,15 @@ def _publish(
         return registry.publish(family, Path(directory), draft)
 
 
-def _life(host: object, pid: object) -> str:
-    """`alive` or `dead` for a process of this host; of another host, `unknown`."""
-    if host != socket.gethostname() or not isinstance(pid, int):
+def _life(driver: dict[str, Any]) -> str:
+    """`alive` or `dead` for a driver on this host; on another host, `unknown`."""
+    pid = driver.get("pid")
+    if driver.get("host") != socket.gethostname() or not isinstance(pid, int):
         return "unknown"
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return "dead"
-    except PermissionError:
-        return "alive"
-    return "alive"
+    return "alive" if _born(pid) == driver.get("born") != "" else "dead"
+
+
+def _born(pid: int) -> str:
+    """When a process of this host began, in the kernel's own words, so that a reused pid is told apart; "" without one."""
+    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S607
+    return done.stdout.strip()

@@ -53,8 +53,8 @@ def _page(
     rows: list[dict[str, Any]],
 ) -> str:
     config = resolved.config
-    first = next((row["eval/loss"] for row in rows if "eval/loss" in row), None)
-    held_out = f"{first:.4f} -> {rows[-1]['eval/loss']:.4f}" if first is not None else "no data.eval"
+    measured = [f"{row['eval/loss']:.4f}" for row in rows if "eval/loss" in row]
+    held_out = " -> ".join([*measured[:1], *measured[1:][-1:]]) or "not measured: no data.eval"
     rates = [row["train/tokens_per_s"] for row in rows if "train/tokens_per_s" in row]
     gate = result.gate
     table = {

@@ -35,6 +35,7 @@ def fit(job: TrainJob, workers: int) -> TrainResult:
         run_config=ray.train.RunConfig(
             name=f"{job.run_id}-a{job.attempt}",
             storage_path=str(Path(job.cache) / "ray_train"),
+            worker_runtime_env={"env_vars": launcher.ALLOCATOR},
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=2),
         ),
     )

@@ -23,7 +23,8 @@ test: setup
 	$(BIN)/python -m pytest -m 'not long'
 
 test-long: setup
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --ignore tests/integration/test_readme.py
+	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""The README's commands, run as they stand there, by a user with an empty home: all but `make test` and the clone."""
+"""The README's commands, run as they stand there, by a user with an empty home: all but `make test` and the clone.
+
+They start clusters and servers on the usual ports, so they need a pytest call without the session's cluster.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,11 @@ DEADLINE_S = 1500.0
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """An environment without anything of ours or Ray's in it, and a home that is empty."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "LORAY_", "PYTHONPATH", "OMP_"))}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RAY_", "LORAY_", "PYTHONPATH", "OMP_", "MAKE", "MFLAGS"))
+    }
     # Ray's sockets live below its temporary directory, and their paths may have 107 characters at most.
     ray_directory = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
     yield {**kept, "HOME": str(tmp_path_factory.mktemp("home")), "RAY_TMPDIR": ray_directory, "HF_HUB_OFFLINE": "1"}

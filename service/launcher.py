@@ -59,6 +59,15 @@ def use_token_authentication(*, make_token: bool = False) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
 
 
+def authenticate() -> None:
+    """What `connect` does about tokens, for callers that must import Ray before they connect."""
+    use_token_authentication(make_token=_address() == "local")
+
+
+def _address() -> str:
+    return os.environ.get("RAY_ADDRESS") or "local"
+
+
 def _write_token(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent) as aside:  # readable by its owner only
@@ -73,8 +82,8 @@ def connect() -> None:
     loaded = sys.modules.get("ray")
     if loaded is not None and loaded.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    use_token_authentication(make_token=address == "local")
+    address = _address()
+    authenticate()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
     import ray

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from types import FrameType
@@ -16,9 +15,7 @@ from service.settings import Settings
 
 def serve_here(config: ServeConfig, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. A failed start takes back what it deployed, and only that. Raises LorayError."""
-    launcher.use_token_authentication(
-        make_token="RAY_ADDRESS" not in os.environ
-    )  # before anything imports Ray, which reads the mode once
+    launcher.authenticate()  # before anything imports Ray, which reads the mode once
     from serve import app as serve_app
 
     console.print(f"Loading {config.model.id} ...", markup=False, highlight=False)

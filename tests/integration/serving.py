@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import openai
 
 from service.registry import Registry
 from service.settings import Settings
+from tests.integration import waiting
 
 DEADLINE_S = 60.0
 HELLO: Any = [{"role": "user", "content": "Hello there"}]
@@ -53,13 +53,7 @@ class Endpoint:
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Ask again and again, up to DEADLINE_S; the pause is an Event nobody sets."""
-    pause = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.1)):
-        if condition():
-            return
-        pause.wait(0.1)
-    raise AssertionError(f"not within {DEADLINE_S:g} s: {what}")
+    waiting.wait_until(condition, what, DEADLINE_S)
 
 
 def free_port() -> int:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from service.domain import ModelRef, RunState
 from service.registry import Registry
 from service.runs import Run, list_runs
 from service.settings import Settings
-from tests.integration import small_runs
+from tests.integration import small_runs, waiting
 
 DEADLINE_S = 240.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +78,7 @@ def place(base: Path, ray_cluster: str, ray_dashboard: str, tmp_path: Path) -> P
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    pause = threading.Event()
-    for _ in range(int(DEADLINE_S / 0.02)):
-        if condition():
-            return
-        pause.wait(0.02)
-    raise AssertionError(f"not within {DEADLINE_S:g} s: {what}")
+    waiting.wait_until(condition, what, DEADLINE_S, every_s=0.02)
 
 
 def losses(run: Run) -> list[float]:

@@ -11,11 +11,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.integration.waiting import wait_until
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,16 +46,6 @@ def processes_of(ray_directory: str) -> list[int]:
     """The processes of the cluster that lives in this directory, which stands in their command lines."""
     lines = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [int(line.split()[0]) for line in lines if ray_directory in line]
-
-
-def all_ended(ray_directory: str) -> bool:
-    """Ray's processes end a moment after the one that shut them down."""
-    pause = threading.Event()
-    for _ in range(300):
-        if not processes_of(ray_directory):
-            return True
-        pause.wait(0.1)
-    return False
 
 
 def blocks() -> list[str]:
@@ -94,7 +85,8 @@ def test_make_demo_ends_with_a_tuned_model_that_beats_its_base(newcomer: dict[st
     (run,) = runs.iterdir()
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert "Held-out prompts, over HTTP" in (run / "report.md").read_text()
-    assert all_ended(newcomer["RAY_TMPDIR"]), processes_of(newcomer["RAY_TMPDIR"])  # all that it started is stopped
+    # Ray's processes end a moment after the one that shut them down.
+    wait_until(lambda: not processes_of(newcomer["RAY_TMPDIR"]), "all that the demo started is stopped", 30.0)
 
 
 def test_the_commands_of_using_it_work(newcomer: dict[str, str]) -> None:

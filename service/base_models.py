@@ -1,8 +1,8 @@
 """From a base model's name to a verified local directory: safetensors only, never pickle, never remote code.
 
-A name is a bundled name, a local path, an `s3://` URI or a hub id, tried in that order. What is fetched or converted lies
-under `LORAY_CACHE/base_models` and is made again when it is gone. The digest covers the weights and the architecture,
-whatever road they came by: it is what an adapter's manifest and an endpoint compare.
+A name is a bundled name, a local path, an `s3://` URI, a published full model (`tickets-merged@1`) or a hub id, tried in
+that order. What is fetched or converted lies under `LORAY_CACHE/base_models` and is made again when it is gone. The digest
+covers the weights and the architecture, whatever road they came by: it is what an adapter's manifest and an endpoint compare.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from service import storage
+from service.domain import ModelRef
 from service.errors import LorayError, ModelError
+from service.publishable import INDEX_FILE, REGISTRY_FILES, model_problems
+from service.registry import Registry
+from service.settings import load_settings
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
@@ -61,22 +65,27 @@ BUNDLED = {
 }
 
 
-def resolve_base_model(name: str, cache: Path, revision: str | None = None) -> BaseModel:
-    """The verified local directory of `name`. Raises ModelError that says what is missing and what to do."""
+def resolve_base_model(name: str, cache: Path, revision: str | None = None, home: str | None = None) -> BaseModel:
+    """The verified local directory of `name`. Raises ModelError that says what is missing and what to do.
+
+    Published models are looked up under `home`; None means the environment's LORAY_HOME. NotFoundError where there is none.
+    """
     if name in BUNDLED:
         path = _convert_bundled(BUNDLED[name], cache)
     elif name.startswith("s3://"):
         path = _fetch_s3(name, cache)
     elif name.startswith(("/", "./", "../", "~")) or Path(name).is_dir():
         path = Path(os.path.expanduser(name)).resolve()  # noqa: PTH111 - Path's raises where the user is unknown
+    elif "@" in name:
+        path = _fetch_published(name, cache, home or load_settings().home)
     elif _HUB_ID.fullmatch(name):
         path = _fetch_hub(name, revision, cache)
     else:
         near = difflib.get_close_matches(name, BUNDLED, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Bundled: {', '.join(BUNDLED)}."
         raise ModelError(
-            f"base model {name!r} is no bundled name, no directory under {Path.cwd()}, no s3:// URI and no hub id "
-            f"(org/name). {hint}"
+            f"base model {name!r} is no bundled name, no directory under {Path.cwd()}, no s3:// URI, no hub id (org/name) "
+            f"and no published model (name@version). {hint}"
         )
     _check(path, name)
     return BaseModel(path, _digest(path, cache), name)
@@ -87,28 +96,17 @@ def weight_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors"))
 
 
+def companion_files(path: Path) -> list[Path]:
+    """What lies beside a model's weights and goes with every model made from it: tokenizer, template, settings."""
+    found = {file for pattern in _PATTERNS for file in path.glob(pattern)} - set(weight_files(path))
+    return sorted(file for file in found if file.name not in ("config.json", INDEX_FILE, *REGISTRY_FILES))
+
+
 def _check(path: Path, name: str) -> None:
     """All that is wrong with the directory, at once."""
     if not path.is_dir():
         raise ModelError(f"base model {name!r}: {path} is no directory. Give a directory in Hugging Face format.")
-    problems = []
-    config: object = {}
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problems.append("config.json is missing")
-    except (OSError, ValueError) as error:
-        problems.append(f"config.json cannot be read: {error}")
-    if not isinstance(config, dict):
-        problems.append(f"config.json holds a {type(config).__name__}, not an object")
-    elif "auto_map" in config:
-        problems.append("config.json asks for remote code (auto_map), which loray never runs")
-    if not weight_files(path):
-        pickles = sorted(p.name for p in path.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".pkl"})
-        found = f"; {', '.join(pickles)} may hold pickles and are not read" if pickles else ""
-        problems.append(f"there is no *.safetensors file{found}")
-    if not (path / "tokenizer.json").is_file():
-        problems.append("tokenizer.json is missing (a fast tokenizer is needed)")
+    problems = model_problems(path)
     if problems:
         raise ModelError(
             f"base model {name!r} in {path} cannot be used: {'; '.join(problems)}. "
@@ -186,6 +184,30 @@ def _fetch_s3(uri: str, cache: Path) -> Path:
             storage.fetch_file(storage.join(uri, name), aside / name, None)
 
     return target if _is_whole(target) else _made_aside(target, fetch)
+
+
+def _fetch_published(name: str, cache: Path, home: str) -> Path:
+    """A full model from the registry, and its weights still what was published."""
+    ref = ModelRef.parse(name)
+    registry = Registry(home)
+    manifest = registry.manifest(ref)
+    if ref.version is None:
+        raise ModelError(
+            f"base model {name!r} is an alias, which may move while adapters are trained on it. Write {manifest.ref}."
+        )
+    if manifest.kind != "full":
+        raise ModelError(
+            f"base model {name!r} is an adapter on {manifest.base_model}. Merge it first, and name the result: "
+            f"loray models merge {manifest.ref} --publish {ref.family}-merged"
+        )
+    path = registry.fetch(ref, cache)
+    changed = [f.name for f in weight_files(path) if _remembered_sha256(f, cache) != manifest.files[f.name].sha256]
+    if changed:
+        raise ModelError(
+            f"base model {name!r}: {', '.join(changed)} in {path} is not what was published. Delete {path}: it is fetched "
+            "again."
+        )
+    return path
 
 
 def _fetch_hub(name: str, revision: str | None, cache: Path) -> Path:

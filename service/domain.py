@@ -1,7 +1,7 @@
 """The nouns of loray, each a frozen value with no behaviour beyond its own consistency.
 
-`ModelRef` is how a Model version is written down, `Manifest` what stands beside its weights, `RunState` the life of a
-Run. Reading and writing them is the business of `registry.py` and `runs.py`. This file imports the standard library and
+`ModelRef` is how a Model version is written down, `ManifestDraft` what its publisher knows, `Manifest` what stands beside
+its weights, `RunState` the life of a Run. Reading and writing them is the business of `registry.py` and `runs.py`. This file imports the standard library and
 pydantic only.
 """
 
@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from service.errors import ConfigError
 
@@ -96,29 +96,6 @@ class RunState(StrEnum):
     LOST = "lost"  # never written: read off a `running` whose heartbeat has stopped
 
 
-class Manifest(BaseModel):
-    """What stands beside a Model's weights as `manifest.json`, written last. Digests are sha256, hexadecimal."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    manifest_schema: Literal[1] = 1
-    ref: str
-    kind: Literal["adapter"]
-    digest: str  # over the files below: the Model's identity everywhere
-    files: dict[str, FileEntry]
-    base_model: str  # as the run file named it
-    base_digest: str
-    renderer_digest: str
-    rank: int
-    alpha: float
-    config: dict[str, Any]
-    data: dict[str, Any]  # digests and counts of the training and evaluation rows
-    metrics: dict[str, float]
-    run: str
-    created_at: str  # ISO 8601, UTC
-    versions: dict[str, str]  # of loray and the libraries that made it
-
-
 class FileEntry(BaseModel):
     """One file of a Model: its size in bytes and its sha256."""
 
@@ -128,4 +105,58 @@ class FileEntry(BaseModel):
     sha256: str
 
 
-Manifest.model_rebuild()
+ModelKind = Literal["adapter", "full"]
+BaseBits = Literal[16, 8, 4]  # in which a base is held while an adapter is trained on it; 16: as `precision` says
+
+
+class MergeRecord(BaseModel):
+    """The adapter that a full model was merged from, and how far apart their answers are: KL(adapter || merged), in nats."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    adapter: str  # name@version
+    digest: str  # of the adapter
+    kl_mean: float  # per token
+    kl_max: float
+    kl_bound: float  # on the mean, under which it was published
+    tokens: int  # compared
+    data: str  # where the compared rows came from
+
+
+class ManifestDraft(BaseModel):
+    """What the publisher of a Model knows; the registry adds the rest. Digests are sha256, hexadecimal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: ModelKind = "adapter"
+    method: str = "lora"  # method.type of the run
+    base_model: str  # as the run file named it
+    base_digest: str
+    base_bits: BaseBits = 16
+    renderer_digest: str
+    rank: int = 0  # of an adapter; a full model has none
+    alpha: float = 0.0
+    config: dict[str, Any] = {}
+    data: dict[str, Any] = {}  # digests and counts of the training and evaluation rows
+    metrics: dict[str, float] = {}
+    run: str = ""
+    merged_from: MergeRecord | None = None
+    versions: dict[str, str] = {}  # of loray and the libraries that made it
+
+    @model_validator(mode="after")
+    def _rank_is_of_adapters(self) -> Self:
+        if self.kind == "adapter" and not (self.rank >= 1 and self.alpha > 0):
+            raise ValueError(f"an adapter has a rank and an alpha, here they are {self.rank} and {self.alpha}")
+        if self.kind == "full" and (self.rank or self.alpha):
+            raise ValueError(f"a full model has no rank and no alpha, here they are {self.rank} and {self.alpha}")
+        return self
+
+
+class Manifest(ManifestDraft):
+    """What stands beside a Model's weights as `manifest.json`, written last."""
+
+    manifest_schema: Literal[1] = 1
+    ref: str
+    digest: str  # over the files below: the Model's identity everywhere
+    files: dict[str, FileEntry]
+    created_at: str  # ISO 8601, UTC

@@ -9,8 +9,10 @@
     ├── ConflictError     (FileExistsError)   somebody else was first, or something still points here
     ├── RequestError      (ValueError)        an HTTP request's own mistake: carries the field
     ├── StorageError      (OSError)           bytes could not be read, written or verified
-    ├── ClusterError      (RuntimeError)      Ray: address, authentication, resources, a lost worker
+    ├── ClusterError      (RuntimeError)      Ray: address, authentication, resources
+    │   └── WorkerLostError                   a worker or its node died: trying again may help
     └── TrainingError     (RuntimeError)      a run that cannot go on: names the step and the rows
+        └── OutOfMemoryError                  the micro-batch does not fit a worker
 
 A message says what was wrong, the value seen, the value wanted, and what to do next. Each class also inherits its
 standard-library twin and survives pickling, because Ray carries exceptions between processes. Only `serve/` turns them
@@ -71,8 +73,23 @@ class StorageError(LorayError, OSError):
 
 
 class ClusterError(LorayError, RuntimeError):
-    """Ray cannot do what was asked: unreachable, unauthenticated, too small, or a process died."""
+    """Ray cannot do what was asked: unreachable, unauthenticated or too small."""
+
+
+class WorkerLostError(ClusterError):
+    """A process of the run was killed, or its node went away; nothing in the run itself was wrong."""
 
 
 class TrainingError(LorayError, RuntimeError):
     """Training cannot go on from here: the step and the rows are in the message."""
+
+
+class OutOfMemoryError(TrainingError):
+    """A micro-batch of `micro` sequences did not fit a worker's memory: half of it is tried next."""
+
+    def __init__(self, message: str, micro: int) -> None:
+        super().__init__(message)
+        self.micro = micro
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str, int]]:
+        return (type(self), (self.message, self.micro))

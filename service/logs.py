@@ -21,13 +21,16 @@ from typing import Any, Self
 
 from service import storage
 from service.domain import check_name
-from service.errors import ConflictError, StorageError
+from service.errors import ConflictError, NotFoundError, StorageError
 
 _SEGMENT = re.compile(r"(?P<writer>.+)-(?P<number>\d{6,})\.jsonl")
 
 
 class LogWriter:
-    """Appends rows to one writer's segments; continues the numbering it finds. Safe among threads."""
+    """Appends rows to one writer's segments; continues the numbering it finds. Safe among threads.
+
+    With `flush_every_s=math.inf` appending never touches storage: some other thread flushes, however long that takes.
+    """
 
     def __init__(self, uri: str, writer: str, flush_every_s: float = 1.0) -> None:
         self.uri = uri
@@ -37,19 +40,26 @@ class LogWriter:
         self._lines: list[str] = []
         self._unwritten: bytes | None = None
         self._flushed_at = -math.inf
-        self._lock = threading.Lock()
+        self._keeping = threading.Lock()  # `_lines`: never held while storage is waited for
+        self._writing = threading.Lock()  # all else: held by the one thread that writes
 
     def append(self, row: dict[str, Any]) -> None:
         """Keeps the row, and flushes when the last flush is `flush_every_s` old; no timer stands behind it."""
         line = _encode(row)
-        with self._lock:
+        with self._keeping:
             self._lines.append(line)
-            if time.monotonic() - self._flushed_at >= self.flush_every_s:
+        due = math.isfinite(self.flush_every_s) and time.monotonic() - self._flushed_at >= self.flush_every_s
+        if due and self._writing.acquire(
+            blocking=False
+        ):  # else the row goes with who is writing now, or with the next flush
+            try:
                 self._write()
+            finally:
+                self._writing.release()
 
     def flush(self) -> None:
         """Every row appended so far is readable afterwards. After a StorageError no row is lost: flush again."""
-        with self._lock:
+        with self._writing:
             self._write()
 
     def close(self) -> None:
@@ -66,21 +76,29 @@ class LogWriter:
 
     def _write(self) -> None:
         # A segment whose write failed is repeated with the same bytes, so that it is recognised if it did arrive.
-        while self._unwritten is not None or self._lines:
-            if self._unwritten is None:
-                self._unwritten = "".join(self._lines).encode()
-                self._lines = []
+        while self._unwritten is not None or self._take():
+            assert self._unwritten is not None
             self._create(self._unwritten)
             self._next += 1
             self._unwritten = None
         self._flushed_at = time.monotonic()
+
+    def _take(self) -> bool:
+        with self._keeping:
+            lines, self._lines = self._lines, []
+        self._unwritten = "".join(lines).encode() if lines else None
+        return bool(lines)
 
     def _create(self, data: bytes) -> None:
         segment = storage.join(self.uri, f"{self.writer}-{self._next:06d}.jsonl")
         try:
             storage.create_exclusive(segment, data)
         except ConflictError as error:
-            if storage.read_bytes(segment) != data:
+            try:
+                there = storage.read_bytes(segment)
+            except NotFoundError:  # S3 says so too while an earlier try, given up here, is still under way there
+                raise StorageError(f"{segment} is being written by an earlier request. Flush again.") from error
+            if there != data:
                 raise ConflictError(
                     f"{segment} is by another live writer named {self.writer!r}. Give each writer its own name."
                 ) from error

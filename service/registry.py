@@ -1,14 +1,15 @@
 """Published models: immutable versions, and the aliases that point at them.
 
     models/<project>/<name>/<version>/claim.json      who took the number; stays for ever, so no number is used twice
-                                      <files>         PEFT's adapter format, safetensors only
+                                      <files>         PEFT's adapter format, or a full model in transformers' format
                                       manifest.json   written last: a version without one is not there
     models/<project>/<name>/aliases.json              {"production": 3}, changed by compare-and-swap
     endpoints/<name>/desired.json                     read here only, to refuse the deletion of what is served
 
 A deleted version keeps claim.json, and a manifest.json that says `deleted_at`: that one object decides between a slow
-publisher and a garbage collection, whoever writes it first. Whether an adapter is any good is not asked here: see
-`training/gate.py`. The nouns are in `domain.py`, the verbs on bytes in `storage.py`.
+publisher and a garbage collection, whoever writes it first. Whether a model is any good is not asked here: see
+`training/gate.py`. What a directory must hold is in `publishable.py`, the nouns are in `domain.py`, the verbs on bytes in
+`storage.py`.
 """
 
 from __future__ import annotations
@@ -24,35 +25,17 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from service import storage
 from service.domain import FileEntry, Manifest, ModelRef, check_name
+from service.domain import ManifestDraft as ManifestDraft  # what `publish` takes
 from service.errors import ConfigError, ConflictError, NotFoundError, StorageError
 from service.publishable import REGISTRY_FILES, name_problem, publishable_files
 
 DEFAULT_ALIAS = "production"
 _ATTEMPTS = 200  # of losing a race: each loss means that somebody else has won one
-
-
-class ManifestDraft(BaseModel):
-    """What the publisher knows; the registry adds ref, digest, files and created_at."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["adapter"] = "adapter"
-    base_model: str
-    base_digest: str
-    renderer_digest: str
-    rank: int
-    alpha: float
-    config: dict[str, Any] = {}
-    data: dict[str, Any] = {}
-    metrics: dict[str, float] = {}
-    run: str = ""
-    versions: dict[str, str] = {}
 
 
 def model_digest(files: Mapping[str, FileEntry]) -> str:
@@ -79,7 +62,7 @@ class Registry:
         ModelError, before anything is written, lists all that is wrong with the directory. Two at once get two numbers.
         """
         model = _family(family)
-        names = publishable_files(source)
+        names = publishable_files(source, manifest.kind)
         ref = model.at(self._claim(model))
         files: dict[str, FileEntry] = {}
         for name in names:
@@ -109,9 +92,12 @@ class Registry:
         return _parse_manifest(text, storage.join(self._directory(resolved), "manifest.json"))
 
     def fetch(self, ref: ModelRef, cache: Path) -> Path:
-        """A verified local copy in `cache/adapters/<digest>/`, downloaded once however many ask at once."""
+        """A verified local copy, downloaded once however many ask at once.
+
+        `cache/adapters/<digest>/` for an adapter, `cache/base_models/<digest>/` for a full model.
+        """
         manifest = self.manifest(ref)
-        target = cache / "adapters" / manifest.digest
+        target = cache / ("adapters" if manifest.kind == "adapter" else "base_models") / manifest.digest
         with storage.locked(target):
             if not _is_complete(target, manifest):
                 self._download(ModelRef.parse(manifest.ref), manifest, target)
@@ -284,10 +270,15 @@ class Registry:
     def _refuse_if_used(self, ref: ModelRef) -> None:
         users = [f"alias {model_alias!r}" for model_alias, v in self.aliases(ref.family).items() if v == ref.version]
         users += [f"endpoint {name!r}" for name in self._endpoints_of(ref)]
+        users += [f"{model} (it is its base model)" for model in self._built_on(ref)]
         if users:
             raise ConflictError(
                 f"{ref} cannot be deleted: {', '.join(users)} points at it. Move or remove that first, then repeat."
             )
+
+    def _built_on(self, base: ModelRef) -> list[str]:
+        refs = [_family(family).at(version) for family in self.models() for version in self.versions(family)]
+        return [str(ref) for ref in refs if _is_named(self.manifest(ref).base_model, base)]
 
     def _endpoints_of(self, ref: ModelRef) -> list[str]:
         endpoints = storage.join(self.home, "endpoints")
@@ -341,6 +332,14 @@ def _family(text: str) -> ModelRef:
     if ref.selector is not None:
         raise ConfigError(f"{text!r} names a version or alias, and a family is wanted. Write {ref.family!r}.")
     return ref
+
+
+def _is_named(base_model: str, ref: ModelRef) -> bool:
+    try:
+        named = ModelRef.parse(base_model)
+    except ConfigError:
+        return False  # a path or a URI
+    return (named.family, named.version) == (ref.family, ref.version)
 
 
 def _parse_manifest(text: bytes, uri: str) -> Manifest:

@@ -1,6 +1,6 @@
 """Run directories: everything there is to know about one attempt to train one resolved config.
 
-    runs/<id>/  run.yaml resolved.json   what was asked, and what it became; written once
+    runs/<id>/  run.yaml resolved.json   what was asked, and what it became
                 status.json              state, step, message, heartbeat; one writer, the driver
                 stop                     its content is the reason: workers look at it between micro-batches
                 metrics/ events/ ledger/ logs (`logs.py`) of writers named a<attempt>-r<rank>
@@ -132,8 +132,12 @@ class Run:
         """The driver lives; may carry `step`, `message` and details. Does nothing once the run has ended."""
         self._change_status(lambda now: now if now.state in _ENDS else _updated(now, fields))
 
+    def set_resolved(self, resolved: dict[str, Any]) -> None:
+        """Keep the config that a resumed run goes on with: what is learnt is the same, how it is spread may differ."""
+        storage.write_bytes(self.path("resolved.json"), json.dumps(resolved, indent=2).encode())
+
     def resolved(self) -> dict[str, Any]:
-        """The resolved config, as the run was created with."""
+        """The resolved config of the newest attempt."""
         content: dict[str, Any] = json.loads(storage.read_bytes(self.path("resolved.json")))
         return content
 
@@ -167,7 +171,11 @@ class Run:
         return merged
 
     def ledger(self) -> list[dict[str, Any]]:
-        """`{"step", "ids"}` a step, ascending: the ids drawn, rank after rank, by the last attempt at that step."""
+        """`{"step", "ids"}` a step, ascending: the ids drawn, rank after rank, by the last attempt at that step alone.
+
+        An attempt repeats all steps after its checkpoint, which was visible only when all workers had logged up to
+        there. So up to the newest checkpoint it is whole; later steps may lack the rows of workers that were killed.
+        """
         merged = []
         for step, rows in _by_step(self.path("ledger")):
             ids = [id for _, row in sorted(rows, key=lambda ranked: ranked[0]) for id in row["ids"]]

@@ -4,28 +4,34 @@ Listings always ask the store (s3fs's listing cache is off), and a write is cond
 (If-None-Match, If-Match), so that processes on different nodes agree. Credentials, region and endpoint come from the
 usual AWS_* environment and files; none is ever printed. s3fs is imported at the first call, because importing it costs
 more than the command line's whole start.
+
+A store that is away is noticed within seconds where it refuses connections, within `ANSWER_S` where it only keeps silent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from service.domain import FileEntry
 from service.errors import ConfigError, ConflictError, LorayError, NotFoundError, StorageError
 
-SINGLE_PUT_BYTES = (
-    32 * 2**20
-)  # larger files go up in parts, which S3 cannot check against one sha256: they are read back
-_PART_BYTES = 16 * 2**20
+ANSWER_S = 30.0  # for one request with its repetitions, beside the time for its bytes
+SLOWEST_BYTES_PER_S = 2**18  # a link that is slower than this counts as broken
+SINGLE_PUT_BYTES = 32 * 2**20  # larger bodies go up in parts
+_PART_BYTES = 8 * 2**20
+_PARALLEL_PARTS = 4
+_MOST_PARTS = 10_000  # S3's limit
 BATCH_KEYS = 1000  # S3's limit for a page of a listing and for one DeleteObjects
+_OF_THE_BUCKET = ("list_objects_v2", "delete_objects")
 _ABSENT = {"NoSuchKey", "404", "NotFound"}
 _CONDITION_FAILED = {"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}
 _LOCAL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -60,26 +66,37 @@ def tag(uri: str) -> str:
 
 def read_tagged(uri: str) -> tuple[bytes, str]:
     """Content and ETag from one and the same answer."""
-    from fsspec.asyn import sync
-
-    bucket, key = bucket_and_key(uri)
-    fs = _filesystem()
 
     async def get() -> tuple[bytes, str]:
-        answer = await fs._call_s3("get_object", Bucket=bucket, Key=key)
+        answer = await _request("get_object", uri)
         async with answer["Body"] as body:
             return await body.read(), answer["ETag"]
 
     with _reported(uri, "read"):
-        content: tuple[bytes, str] = sync(fs.loop, get)
+        content: tuple[bytes, str] = _sync(get)
         return content
 
 
 def put(uri: str, data: bytes, **conditions: str) -> None:
-    """One PUT whose sha256 the store checks. `conditions`: IfNoneMatch="*" or IfMatch=etag; failed, ConflictError."""
+    """One PUT whose sha256 the store checks, or parts whose MD5 it checks; visible when all has arrived.
+
+    `conditions`: IfNoneMatch="*" or IfMatch=etag, for one PUT; failed, ConflictError.
+    """
+    if len(data) > SINGLE_PUT_BYTES and not conditions:
+        put_chunks(uri, [data])
+        return
     checksum = base64.b64encode(hashlib.sha256(data).digest()).decode()
     with _reported(uri, "written"):
         _call("put_object", uri, Body=data, ChecksumSHA256=checksum, **conditions)
+
+
+def put_chunks(uri: str, chunks: Sequence[bytes | memoryview]) -> None:
+    """The same for one object that is not in one piece; never more than a few parts of it are copied at a time."""
+    total = sum(len(chunk) for chunk in chunks)
+    if total <= SINGLE_PUT_BYTES:
+        put(uri, b"".join(chunks))
+    else:
+        _put_parts(uri, _in_parts(chunks, _part_bytes(total)))
 
 
 def list_names(uri: str) -> list[str]:
@@ -95,18 +112,11 @@ def list_names(uri: str) -> list[str]:
 
 def put_file(local: Path, uri: str, entry: FileEntry) -> None:
     """Uploads `local`, whose size and sha256 are `entry`, and makes sure that just that has arrived."""
-    if entry.bytes <= SINGLE_PUT_BYTES:
-        data = local.read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry.sha256:
-            raise StorageError(f"{local} changed while it was being read. Wait until its writer is done, then repeat.")
-        put(uri, data)
-        return
-    with _reported(uri, "written"):
-        _filesystem().put_file(str(local), _remote(uri), chunksize=_PART_BYTES)
-    arrived = _sha256(uri)
-    if arrived != entry:
-        raise StorageError(f"{uri} has {arrived.bytes} bytes, sha256 {arrived.sha256}; {local} had {entry.bytes}, "
-                           f"sha256 {entry.sha256}. Upload it again.")  # fmt: skip
+    with local.open("rb") as stream:
+        if entry.bytes > SINGLE_PUT_BYTES:
+            _put_parts(uri, _unchanged(stream, local, entry))
+        else:
+            put(uri, b"".join(_unchanged(stream, local, entry)))
 
 
 def get_file(uri: str, local: Path) -> None:
@@ -122,20 +132,79 @@ def delete_tree(uri: str) -> None:
         keys = [entry["Key"] for page in _pages(uri) for entry in page.get("Contents", ())]
         for start in range(0, len(keys), BATCH_KEYS):
             batch = [{"Key": key} for key in keys[start : start + BATCH_KEYS]]
-            answer = _filesystem().call_s3("delete_objects", Bucket=bucket_and_key(uri)[0], Delete={"Objects": batch})
+            answer = _call("delete_objects", uri, Delete={"Objects": batch})
             if answer.get("Errors"):
                 first = answer["Errors"][0]
                 raise StorageError(f"{uri}: {len(answer['Errors'])} objects could not be deleted, the first is "
                                    f"{first.get('Key')}: {first.get('Code')}. Check the bucket's policy.")  # fmt: skip
 
 
-def _sha256(uri: str) -> FileEntry:
-    digest, count = hashlib.sha256(), 0
-    with _reported(uri, "read back"), _filesystem().open(_remote(uri), "rb", block_size=_PART_BYTES) as stream:
-        while chunk := stream.read(_PART_BYTES):
-            digest.update(chunk)
-            count += len(chunk)
-    return FileEntry(bytes=count, sha256=digest.hexdigest())
+def _unchanged(stream: BinaryIO, local: Path, entry: FileEntry) -> Iterator[bytes]:
+    """The file's parts; StorageError at the end if together they were not what `entry` says."""
+    digest = hashlib.sha256()
+    while part := stream.read(_part_bytes(entry.bytes)):
+        digest.update(part)
+        yield part
+    if digest.hexdigest() != entry.sha256:
+        raise StorageError(f"{local} changed while it was being read. Wait until its writer is done, then repeat.")
+
+
+def _in_parts(chunks: Sequence[bytes | memoryview], size: int) -> Iterator[bytes]:
+    part = bytearray()
+    for whole in chunks:
+        chunk, start = memoryview(whole), 0
+        while start < len(chunk):
+            piece = chunk[start : start + size - len(part)]
+            part += piece
+            start += len(piece)
+            if len(part) == size:
+                yield bytes(part)
+                part.clear()
+    if part:
+        yield bytes(part)
+
+
+def _part_bytes(total: int) -> int:
+    return max(_PART_BYTES, -(-total // _MOST_PARTS))
+
+
+def _put_parts(uri: str, parts: Iterable[bytes]) -> None:
+    """A multipart upload. One that is cut short is invisible; a process that is killed leaves its parts to the bucket's lifecycle."""
+    with _reported(uri, "written"):
+        upload = _call("create_multipart_upload", uri)["UploadId"]
+        try:
+            sent = _sync(_send_parts, uri, upload, parts)
+            _call("complete_multipart_upload", uri, UploadId=upload, MultipartUpload={"Parts": sent})
+        except BaseException as error:
+            try:
+                _call("abort_multipart_upload", uri, UploadId=upload)
+            except Exception as another:
+                error.add_note(f"The parts sent so far stay in the store: {another}")
+            raise
+
+
+async def _send_parts(uri: str, upload: str, parts: Iterable[bytes]) -> list[dict[str, Any]]:
+    """`_PARALLEL_PARTS` at a time, each with its MD5; what S3 wants to hear of them at the end."""
+    turns = asyncio.Semaphore(_PARALLEL_PARTS)
+    tasks: list[asyncio.Task[dict[str, Any]]] = []
+
+    async def send(number: int, part: bytes) -> dict[str, Any]:
+        md5 = base64.b64encode(hashlib.md5(part, usedforsecurity=False).digest()).decode()
+        options = {"UploadId": upload, "PartNumber": number, "ContentMD5": md5, "Body": part}
+        try:
+            answer = await _request("upload_part", uri, in_flight=_PARALLEL_PARTS * len(part), **options)
+        finally:
+            turns.release()
+        return {"PartNumber": number, "ETag": answer["ETag"]}
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for number, part in enumerate(parts, start=1):
+                await turns.acquire()
+                tasks.append(group.create_task(send(number, part)))
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [task.result() for task in tasks]
 
 
 def _facts(uri: str) -> dict[str, Any]:
@@ -165,9 +234,7 @@ def _pages(uri: str, **options: Any) -> Iterator[dict[str, Any]]:
 
 
 def _page(uri: str, **options: Any) -> dict[str, Any]:
-    page: dict[str, Any] = _filesystem().call_s3(
-        "list_objects_v2", Bucket=bucket_and_key(uri)[0], Prefix=_prefix(uri), **{"MaxKeys": BATCH_KEYS, **options}
-    )
+    page: dict[str, Any] = _call("list_objects_v2", uri, Prefix=_prefix(uri), **{"MaxKeys": BATCH_KEYS, **options})
     return page
 
 
@@ -181,8 +248,29 @@ def _remote(uri: str) -> str:
 
 
 def _call(method: str, uri: str, **options: Any) -> Any:
+    return _sync(_request, method, uri, in_flight=len(options.get("Body", b"")), **options)
+
+
+async def _request(method: str, uri: str, in_flight: int = 0, **options: Any) -> Any:
+    """One request; s3fs and botocore repeat it, within a time that is long enough for `in_flight` bytes on a slow link."""
     bucket, key = bucket_and_key(uri)
-    return _filesystem().call_s3(method, Bucket=bucket, Key=key, **options)
+    if method not in _OF_THE_BUCKET:
+        options["Key"] = key
+    limit_s = ANSWER_S + in_flight / SLOWEST_BYTES_PER_S
+    try:
+        async with asyncio.timeout(limit_s) as limit:
+            return await _filesystem()._call_s3(method, Bucket=bucket, **options)
+    except TimeoutError as error:
+        if not limit.expired():
+            raise
+        raise ConnectionError(f"no answer within {limit_s:.0f} s") from error
+
+
+def _sync(coroutine: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run it on the thread where s3fs does all its work."""
+    from fsspec.asyn import sync
+
+    return sync(_filesystem().loop, coroutine, *arguments, **options)
 
 
 def _filesystem() -> Any:
@@ -216,7 +304,9 @@ def _reported(uri: str, verb: str) -> Iterator[None]:
 def _raise_as_ours(error: Exception, uri: str, verb: str) -> NoReturn:
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     code = str(response.get("Error", {}).get("Code", ""))
-    if code in _ABSENT or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket"):
+    absent = code in _ABSENT or (isinstance(error, FileNotFoundError) and code != "NoSuchBucket")
+    # A write that finds nothing has lost its multipart upload or met a proxy; only If-Match asks for what is there.
+    if absent and (verb != "written" or code == "NoSuchKey"):
         raise NotFoundError(f"{uri} does not exist.") from error
     if code in _CONDITION_FAILED:
         raise ConflictError(f"{uri} was written by somebody else meanwhile. Read it again, then repeat.") from error

@@ -113,6 +113,21 @@ def write_bytes(uri: str, data: bytes) -> None:
         temporary.replace(path)
 
 
+def write_chunks(uri: str, chunks: Sequence[bytes | memoryview]) -> FileEntry:
+    """`write_bytes` for what is not in one piece, without putting it together. Chunks are of bytes: a memoryview casts "B"."""
+    digest, count = hashlib.sha256(), 0
+    for chunk in chunks:
+        digest.update(chunk)
+        count += len(chunk)
+    if not is_local(uri):
+        s3.put_chunks(uri, chunks)
+    else:
+        path = local_path(uri)
+        with _reported(uri, "written"), _aside(path, lambda out: out.writelines(chunks)) as temporary:
+            temporary.replace(path)
+    return FileEntry(bytes=count, sha256=digest.hexdigest())
+
+
 def create_exclusive(uri: str, data: bytes) -> None:
     """Creates the file, whole, or raises ConflictError because it exists: of many callers one returns."""
     if not is_local(uri):
@@ -150,11 +165,20 @@ def list_names(uri: str) -> list[str]:
             return []
 
 
+def list_torn(uri: str) -> list[str]:
+    """Names of the temporary files directly below a directory, of writers that live or were killed; [] on S3."""
+    if not is_local(uri):
+        return []
+    with _reported(uri, "listed"):
+        return sorted(path.name for path in local_path(uri).glob(".*.part"))
+
+
 def put_file(local: Path, uri: str) -> FileEntry:
     """Copies a local file to `uri`, makes sure that what arrived is what was read, and returns its size and sha256."""
     entry = sha256_file(local)
     if not is_local(uri):
-        s3.put_file(local, uri, entry)
+        with _reported(str(local), "read"):
+            s3.put_file(local, uri, entry)
         return entry
     path = local_path(uri)
     with _reported(uri, "written"), _aside(path, lambda out: _copy(local, out)) as temporary:
@@ -191,6 +215,17 @@ def delete_tree(uri: str) -> None:
             return  # somebody else deleted it: that is what was wanted
 
 
+def free_bytes(uri: str) -> int | None:
+    """What may still be written below a directory that exists or will; None on S3, which has no end."""
+    if not is_local(uri):
+        return None
+    path = local_path(uri)
+    with _reported(uri, "looked up"):
+        while not path.exists():
+            path = path.parent
+        return shutil.disk_usage(path).free
+
+
 def sha256_file(path: Path) -> FileEntry:
     """Size and sha256 of a local file."""
     digest, count = hashlib.sha256(), 0
@@ -204,9 +239,11 @@ def sha256_file(path: Path) -> FileEntry:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds `.<name>.lock` beside a local path, among threads and processes; its owner's death frees it."""
-    _make_directory(path.parent)
     # The lock file is never unlinked: whoever waits on an unlinked one would hold a lock that nobody else can see.
-    with (path.parent / f".{path.name}.lock").open("ab") as lock:
+    with _reported(str(path), "locked"):
+        _make_directory(path.parent)
+        lock = (path.parent / f".{path.name}.lock").open("ab")
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -272,7 +309,7 @@ def _copy(source: Path, out: BinaryIO) -> None:
 
 
 def _verify(path: Path, want: FileEntry, source: str) -> None:
-    got = sha256_file(path)
+    got = sha256_file(path) if want.sha256 else FileEntry(bytes=path.stat().st_size, sha256="")
     if got.bytes != want.bytes or (want.sha256 and got.sha256 != want.sha256):
         raise StorageError(
             f"{source} is corrupt: it has {got.bytes} bytes, sha256 {got.sha256}, and should have {want.bytes} bytes, "
@@ -287,6 +324,8 @@ def _reported(uri: str, verb: str) -> Iterator[None]:
     except LorayError:
         raise
     except FileNotFoundError as error:
+        if verb == "written":
+            raise StorageError(f"{uri} could not be written: its directory went away. Mount it again.") from error
         raise NotFoundError(f"{uri} does not exist.") from error
     except FileExistsError as error:
         raise ConflictError(f"{uri} exists already. Take another name, or read it again and repeat.") from error

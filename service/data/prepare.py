@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,15 @@ class TokenRows:
         start, end = self.offsets[index], self.offsets[index + 1]
         return self.ids[start:end], self.mask[start:end]
 
-    @property
-    def lengths(self) -> list[int]:
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example."""
-        return [int(n) for n in np.diff(self.offsets)]
+        return np.diff(self.offsets)
 
-    @property
-    def supervised(self) -> list[int]:
-        """Trained tokens of each example."""
-        return [int(self.mask[a:b].sum()) for a, b in zip(self.offsets[:-1], self.offsets[1:], strict=True)]
+    @cached_property
+    def supervised(self) -> npt.NDArray[np.int64]:
+        """Trained tokens of each example; none is empty."""
+        return np.add.reduceat(self.mask, self.offsets[:-1], dtype=np.int64)
 
 
 def prepare(uri: str, renderer: Renderer, *, home: str, seq_len: int, over_long: str) -> DataCard:

@@ -1,0 +1,308 @@
+"""Every key that a run file and a serve file may hold: its type, its range, its default, and where the default comes from.
+
+Pydantic, frozen and strict. What one block cannot say alone is in `RunConfig.problems_across`; what depends on the model or
+on the machine is in `training/compatibility.py`. Import these from `service.config`, which reads the files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+
+from service.config_values import value_at
+from service.domain import ModelRef, check_name
+from service.errors import ConfigError
+
+
+class Block(BaseModel):
+    """A frozen block of a config: unknown keys and loose types are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """A line for each pair of fields, blocks apart, that cannot go together; whatever else is wrong in `values`."""
+        yield from ()
+
+
+def _shorthand(key: str) -> BeforeValidator:
+    """`method: lora` for `method: {type: lora}`: a bare string stands for the block's main key."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
+
+
+def _method(value: Any) -> Any:
+    """`method: lora` for `method: {type: lora}`, and LoRA where a block names no type."""
+    if isinstance(value, str):
+        return {"type": value}
+    return {"type": "lora", **value} if isinstance(value, Mapping) else value
+
+
+def _warmup(value: int | str) -> int | str:
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError("must be 0 or more steps")
+    elif not re.fullmatch(r"\d+(\.\d+)?\s?%", value) or float(value.rstrip("% ")) > 100:
+        raise ValueError("must be a number of steps or a share of all steps such as 10%")
+    return value
+
+
+def _family(value: str) -> str:
+    try:
+        if ModelRef.parse(value).selector is not None:
+            raise ValueError("must be a bare name such as tickets: the version is given when it is published")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+class ModelBlock(Block):
+    """The base model: a hub id, a local path, an s3:// URI or a bundled name."""
+
+    id: str = Field(min_length=1)
+    revision: str | None = None  # of a hub id: branch, tag or commit
+    chat_template: str | None = None  # path of a Jinja file, instead of the model's own template
+
+
+class DataBlock(Block):
+    """Where the rows are, what becomes of those longer than `seq_len` tokens, and whether rows share a sequence."""
+
+    train: str = Field(min_length=1)
+    eval: str | None = None
+    seq_len: int = Field(default=1024, ge=8)
+    over_long: Literal["error", "drop"] = "error"
+    pack: Literal["auto", "never"] = "auto"  # auto: whole rows share a sequence where the model keeps them apart
+
+
+class FullBlock(Block):
+    """All weights of the base move."""
+
+    type: Literal["full"] = "full"
+
+
+class LoraBlock(Block):
+    """LoRA, arXiv:2106.09685. The update is scaled by alpha / r, so `alpha: 32` with `r: 16` doubles it."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(default=16, ge=1, le=1024)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Strict(False), Field(min_length=1)] = "all-linear"
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases train too, as PEFT defines it
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=1024)]] = {}  # a module's name or its end -> its own r
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    dora: bool = False  # arXiv:2402.09353
+    rslora: bool = False  # arXiv:2312.03732: alpha / sqrt(r)
+    lora_plus_ratio: float = Field(default=1.0, ge=1)  # arXiv:2402.12354: B learns this many times faster than A
+    init_from: str | None = None  # an adapter to go on from: tickets@3, a directory or an s3:// URI
+    base_bits: Literal[16, 8] = 16  # 8: the frozen base in int8, arXiv:2208.07339
+
+
+class QloraBlock(LoraBlock):
+    """QLoRA, arXiv:2305.14314: LoRA on a frozen base in 4-bit NormalFloat."""
+
+    type: Literal["qlora"] = "qlora"  # type: ignore[assignment]  # narrowed on purpose: the union's tag
+    base_bits: Literal[4] = 4  # type: ignore[assignment]
+    double_quant: bool = True  # quantise the quantisation constants too (section 3)
+
+
+MethodBlock = Annotated[FullBlock | LoraBlock | QloraBlock, Field(discriminator="type")]
+METHODS: dict[str, type[Block]] = {"full": FullBlock, "lora": LoraBlock, "qlora": QloraBlock}
+
+
+class BatchBlock(Block):
+    """The global batch of one optimizer step, in rows or in tokens; workers and micro-batches never change it."""
+
+    rows: int | None = Field(default=None, ge=1)
+    tokens: int | None = Field(default=None, ge=8)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sixteen_rows(cls, values: Any) -> Any:
+        given = not isinstance(values, dict) or any(values.get(key) is not None for key in ("rows", "tokens"))
+        return values if given else {**values, "rows": 16}
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.rows is not None and self.tokens is not None:
+            raise ValueError(f"rows {self.rows} and tokens {self.tokens} are both given; keep one of the two")
+        return self
+
+
+class OptimBlock(Block):
+    """The optimizer and its schedule. `lr` follows from the method where it is not given: see DEFAULT_LR."""
+
+    name: Literal["adamw", "adamw8bit", "adafactor"] = "adamw"
+    lr: float = Field(default=2.0e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup: Annotated[int | str, AfterValidator(_warmup)] = "10%"
+    decay: Annotated[int | str, AfterValidator(_warmup)] = "20%"  # of wsd: the last steps, arXiv:2404.06395 section 4
+    batch: BatchBlock = BatchBlock(rows=16)
+    epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, ge=0)  # largest gradient norm; 0 = off
+
+
+# LoRA and QLoRA: QLoRA's rate for models of 7B and 13B (it halves it above), arXiv:2305.14314 table 9. Full: Llama 2's for
+# supervised fine-tuning, arXiv:2307.09288 section 3.1.
+DEFAULT_LR = {"lora": 2.0e-4, "qlora": 2.0e-4, "full": 2.0e-5}
+
+
+class WorkersBlock(Block):
+    """An elastic number of workers: starts with what there is, shrinks when a node goes, grows when one comes."""
+
+    min: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}; set them in order")
+        return self
+
+
+class ScaleBlock(Block):
+    """How many Ray Train workers share one run, and how. See `training/strategy.py` for what each strategy is for."""
+
+    workers: Annotated[int, Field(ge=1)] | WorkersBlock = 1
+    strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
+    offload: Literal["none", "optimizer", "all"] = "none"  # to host memory, under ZeRO; all: parameters too (zero3)
+    wait_s: float = Field(default=1800.0, ge=0)  # for the cluster to have the resources; --no-wait is 0
+    max_failures: int = Field(default=3, ge=0)  # lost workers in a row, without a new checkpoint in between
+    stall_s: float = Field(default=600.0, gt=0)  # without progress: every worker's stacks are written to its log
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest that the run goes on with."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """As many as it takes where they are to be had."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+
+class MemoryBlock(Block):
+    """The micro-batch, in sequences (rows, or packs of rows); `auto` divides a step evenly, within a budget of tokens."""
+
+    micro: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    checkpoint_activations: bool = False  # computed again in the backward pass, arXiv:1604.06174
+
+
+class EveryBlock(Block):
+    """A period in optimizer steps; 0 = off."""
+
+    steps: int = Field(default=0, ge=0)
+
+
+class CheckpointEveryBlock(EveryBlock):
+    """A period in optimizer steps or in minutes, whichever comes first; 0 = off."""
+
+    minutes: float = Field(default=0.0, ge=0)
+
+
+class CheckpointBlock(Block):
+    """Resumable state: how often, and how many are kept: the newest, and those of lowest `stop.metric`."""
+
+    every: CheckpointEveryBlock = CheckpointEveryBlock(steps=50)
+    keep_last: int = Field(default=2, ge=1)
+    keep_best: int = Field(default=0, ge=0)  # with 1 or more, the best one is what is saved as the model
+    retry_s: float = Field(default=300.0, ge=0)  # how long storage may be away before the run fails
+
+
+class EvaluateBlock(Block):
+    """Held-out loss on `data.eval`: always after the last step, and when asked here."""
+
+    at_start: bool = False
+    every: EveryBlock = EveryBlock()
+
+
+class StopBlock(Block):
+    """Early stopping: after `patience` evaluations in a row without a `metric` lower by `min_delta`. 0 = off."""
+
+    patience: int = Field(default=0, ge=0)
+    metric: Literal["eval/loss"] = "eval/loss"
+    min_delta: float = Field(default=0.0, ge=0)
+
+
+class PublishBlock(Block):
+    """The registry name under which the result becomes the next version."""
+
+    name: Annotated[str, AfterValidator(_family)]
+
+
+class RunConfig(Block):
+    """One training run, complete. `loray plan` prints it with the source of every value."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    model: Annotated[ModelBlock, _shorthand("id")]
+    data: DataBlock
+    objective: Literal["sft"] = "sft"
+    method: Annotated[MethodBlock, BeforeValidator(_method)] = LoraBlock()
+    optim: OptimBlock = OptimBlock()
+    scale: ScaleBlock = ScaleBlock()
+    memory: MemoryBlock = MemoryBlock()
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    checkpoint: CheckpointBlock = CheckpointBlock()
+    evaluate: EvaluateBlock = EvaluateBlock()
+    stop: StopBlock = StopBlock()
+    publish: Annotated[PublishBlock, _shorthand("name")] | None = None
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_the_method(cls, values: Any) -> Any:
+        """`optim.lr` from DEFAULT_LR where it is not written."""
+        optim = values.get("optim", {}) if isinstance(values, Mapping) else None
+        if not isinstance(optim, Mapping) or "lr" in optim:
+            return values
+        method = value_at(expanded(values), "method.type")
+        lr = DEFAULT_LR.get(method if isinstance(method, str) else "lora", DEFAULT_LR["lora"])
+        return {**values, "optim": {**optim, "lr": lr}}
+
+    @classmethod
+    def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What counts evaluations needs some to count."""
+        needed = {"data.eval": value_at(values, "data.eval")}
+        every = value_at(values, "evaluate.every.steps")
+        needed["evaluate.every.steps"] = every if _is_positive(every) else None
+        missing = [key for key, value in needed.items() if value is None]
+        for key in ("stop.patience", "checkpoint.keep_best"):
+            value = value_at(values, key)
+            if _is_positive(value) and missing:
+                yield f"{key}: {value} goes by evaluations during the run. Set {' and '.join(missing)} too, or {key}: 0."
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+class EngineBlock(Block):
+    """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all)."""
+
+    slots: int = Field(default=16, ge=1, le=1024)
+    max_context: int = Field(default=2048, ge=16)
+    lora_columns: int = Field(default=256, ge=0)
+    threads: int = Field(default=0, ge=0)
+
+
+class ServeConfig(Block):
+    """One endpoint: a base model and the adapters it starts with. It listens on the loopback interface only."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    endpoint: Annotated[str, AfterValidator(lambda value: check_name(value, "endpoint"))] = "default"
+    model: Annotated[ModelBlock, _shorthand("id")]
+    adapters: Annotated[tuple[str, ...], Strict(False)] = ()
+    port: int = Field(default=8000, ge=1, le=65535)
+    precision: Literal["bf16", "fp32"] = "bf16"
+    engine: EngineBlock = EngineBlock()
+    replicas: int = Field(default=1, ge=1)
+
+
+def expanded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The top level with its shorthands written out, so that overrides and sources see one form."""
+    main_key = {"model": "id", "method": "type", "publish": "name"}
+    return {k: {main_key[k]: v} if k in main_key and isinstance(v, str) else v for k, v in values.items()}

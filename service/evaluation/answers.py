@@ -48,7 +48,7 @@ class LoadedModel:
         registry = Registry(settings.home)
         self.manifest = registry.manifest(ref)
         config = RunConfig.model_validate(self.manifest.config)
-        base = resolve_base_model(config.model.id, settings.cache, config.model.revision)
+        base = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
         if base.digest != self.manifest.base_digest:
             raise ModelError(
                 f"{self.manifest.ref} was trained on a base with sha256 {self.manifest.base_digest[:12]}, "

@@ -6,6 +6,7 @@ Wrong input raises before a run exists; once it exists, whatever happens is also
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import signal
@@ -14,7 +15,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -23,13 +23,13 @@ from typing import Any
 from rich.console import Console
 
 from service import launcher, storage
-from service.config import ResolvedRun, read_text
+from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
 from service.domain import Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
 from service.runs import Run, list_runs
 from service.settings import Settings
-from service.training import trainer
+from service.training.attempts import train_to_the_end
 from service.training.loop import TrainJob, TrainResult
 from service.training.plan import RunPlan, make_run_plan
 from service.training.progress import ProgressView
@@ -40,19 +40,32 @@ VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
 
 def train_run(
-    resolved: ResolvedRun, settings: Settings, console: Console, *, resume: Run | None = None, run_id: str | None = None
+    resolved: ResolvedRun,
+    settings: Settings,
+    console: Console,
+    *,
+    resume: Run | None = None,
+    run_id: str | None = None,
+    profile: bool = False,
+    asked_at: float = 0.0,
 ) -> Run:
-    """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it."""
+    """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it.
+
+    `profile` leaves a trace of a few steps in the run. `asked_at` (seconds since the epoch) is where start-up is counted from.
+    """
     line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     plan = make_run_plan(resolved, settings, _digests(resume))
     run = resume or Run.create(settings.home, run_name(resolved), resolved.text, resolved.as_json(), id=run_id)
+    if resume:
+        run.set_resolved(resolved.as_json())  # with what was set on resuming
     attempt = _begin(run, plan)
     try:
         console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
         _warn_of_short_notice(console)
         with _heartbeat(run):
-            _train_and_finish(_job(resolved, settings, run, attempt, plan), run, resolved, settings, plan, console)
+            job = dataclasses.replace(_job(resolved, settings, run, attempt, plan), profile=profile, asked_at=asked_at)
+            _train_and_finish(job, run, resolved, settings, plan, console)
     except BaseException as error:
         with suppress(ConflictError):  # it had already ended, and only what came after has failed
             run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
@@ -133,7 +146,7 @@ def _job(resolved: ResolvedRun, settings: Settings, run: Run, attempt: int, plan
         cache=str(settings.cache),
         run_id=run.id,
         attempt=attempt,
-        config=resolved.config.model_dump(mode="json", by_alias=True),
+        config=_travelling(resolved.config).model_dump(mode="json", by_alias=True),
         base_source=_source(resolved.config.model.id, plan),
         base_digest=plan.base.digest,
         train_digest=plan.train.digest,
@@ -141,31 +154,24 @@ def _job(resolved: ResolvedRun, settings: Settings, run: Run, attempt: int, plan
     )
 
 
+def _travelling(config: RunConfig) -> RunConfig:
+    """The config as workers take it: Ray Train gives them another working directory, where a relative path means nothing."""
+    method = config.method
+    if not isinstance(method, LoraBlock) or not method.init_from or not Path(method.init_from).expanduser().is_dir():
+        return config
+    absolute = str(Path(method.init_from).expanduser().absolute())
+    return config.model_copy(update={"method": method.model_copy(update={"init_from": absolute})})
+
+
 def _source(name: str, plan: RunPlan) -> str:
-    """What a worker resolves: Ray Train gives it another working directory, where a relative path means nothing."""
+    """What a worker resolves, for the same reason."""
     return str(plan.base.path) if Path(name).expanduser().is_dir() else name
 
 
 def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
-    """Ray Train in a thread, because the main thread shows progress and takes the signals.
-
-    A daemon thread: whoever gives up waiting (a second Ctrl-C) leaves it behind, and the workers end with this process.
-    """
     launcher.connect()
-    future: Future[TrainResult] = Future()
-
-    def fit() -> None:
-        try:
-            future.set_result(trainer.fit(job, int(job.config["scale"]["workers"])))
-        except BaseException as error:
-            future.set_exception(error)
-
     with _stop_on_signal(run, console), ProgressView(run, plan.num_steps, console) as view:
-        threading.Thread(target=fit, name="ray-train", daemon=True).start()
-        while not future.done():
-            wait([future], timeout=0.5)
-            view.poll()
-        return future.result()
+        return train_to_the_end(job, run, view.say, view.poll)
 
 
 @contextmanager
@@ -249,13 +255,16 @@ def _published_before(family: str, run: Run, registry: Registry) -> Manifest | N
 def _publish(
     family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, result: TrainResult
 ) -> Manifest:
-    config = resolved.config
+    config, method = resolved.config, resolved.config.method
     draft = ManifestDraft(
+        kind="adapter" if isinstance(method, LoraBlock) else "full",
+        method=method.type,
         base_model=config.model.id,
         base_digest=plan.base.digest,
+        base_bits=method.base_bits if isinstance(method, LoraBlock) else 16,
         renderer_digest=plan.train.renderer_digest,
-        rank=config.method.r,
-        alpha=config.method.alpha,
+        rank=max([method.r, *method.rank_pattern.values()]) if isinstance(method, LoraBlock) else 0,
+        alpha=method.alpha if isinstance(method, LoraBlock) else 0.0,
         config=config.model_dump(mode="json", by_alias=True),
         data={
             name: {"source": card.source, "sha256": card.source_sha256, "rows": card.rows, "tokens": card.tokens}
@@ -269,6 +278,9 @@ def _publish(
     with tempfile.TemporaryDirectory(prefix="loray-publish-") as directory:
         for name in storage.list_names(run.path("model")):
             storage.fetch_file(run.path("model", name), Path(directory) / name, None)
+        if draft.kind == "full" and config.model.chat_template:  # served as it was trained, not as its base was
+            text = read_text(config.model.chat_template, "model.chat_template")
+            (Path(directory) / "chat_template.jinja").write_text(text, encoding="utf-8")
         return registry.publish(family, Path(directory), draft)
 
 

@@ -1,10 +1,12 @@
 """What was saved is what was trained: checked in a fresh process before anything is published.
 
-    python -m service.training.gate ADAPTER_DIR BASE_DIR PROBE_FILE PRECISION
+    python -m service.training.gate JOB.json
 
-The trainer leaves a probe: a few rows and the log-probabilities it gave them. This process loads the base and the saved
-adapter with plain transformers and PEFT, never with the trainer's code, and demands the same figures. An empty or
-unchanged tensor, an adapter that changes nothing, or one that computes something else ends the run as FAILED.
+The trainer leaves a probe: a few rows and the log-probabilities it gave them. The fresh process looks at every saved
+tensor (`saved_weights.py`), loads what was saved with plain transformers and PEFT (`reloaded.py`), never with the
+trainer's code, and demands the same figures. An empty, unchanged or swapped tensor, a model that answers as its base does,
+or one that computes something else ends the run as FAILED, with every reason at once. An adapter (`lora`, `qlora`) is
+loaded onto the base as the trainer held it; a full model stands alone.
 """
 
 from __future__ import annotations
@@ -13,16 +15,29 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from service.errors import GateError
+from service.config import FullBlock, QloraBlock, RunConfig
+from service.domain import ModelKind
+from service.errors import GateError, ModelError
+
+if TYPE_CHECKING:
+    from service.training.reloaded import Compute
+    from service.training.saved_weights import Findings
 
 TIME_LIMIT_S = 3600  # reading a 70B model twice from a network disk
-FLOAT32_TOLERANCE = 1e-4  # nats: summation order alone
-BF16_FLOOR = 0.05  # nats: one rounding of a logit near 8
+
+# Nats: the least that counts as a difference between two computations of the same thing. float32: the order of summation.
+# bfloat16: one rounding of a logit near 8. float16 rounds eight times finer.
+FLOORS = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.00625}
+# The same where float32 weights (of a full model, or biases) are rounded as they are saved or loaded, and activations are
+# then carried in that type from layer to layer. SmolLM2-135M, 197 tokens: 0.27 in bfloat16, 0.042 in float16, where a batch of 4 against
+# single rows gave 0.19 and 0.018. What is saved itself is compared to the last bit, by `Probe.weights`.
+ROUNDED_FLOORS = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.0625}
 
 
 @dataclass(frozen=True)
@@ -32,125 +47,178 @@ class Probe:
     examples: list[tuple[list[int], list[int]]]  # ids, mask
     log_probs: list[float]
     noise: float  # the trainer's own largest difference between a batch and single rows
+    weights: dict[str, dict[str, str]] = field(
+        default_factory=dict
+    )  # of a full model: `saved_weights.WeightDigests.of`
 
-    def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        path.write_text(json.dumps(asdict(self)))
+
+@dataclass(frozen=True)
+class GateJob:
+    """What the fresh process is told. Paths are absolute or relative to the working directory."""
+
+    model: str
+    base: str
+    kind: ModelKind
+    precision: str
+    probe: Probe
+    base_bits: int = 16
+    double_quant: bool = True
+    started_from: str | None = None  # the adapter that training began with
 
     @classmethod
-    def load(cls, path: Path) -> Probe:
-        """Read what `save` wrote."""
-        return cls(**json.loads(path.read_text()))
+    def read(cls, path: Path) -> GateJob:
+        """The job that `run_gate` wrote."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return cls(**{**values, "probe": Probe(**values["probe"])})
 
 
 @dataclass(frozen=True)
 class GateReport:
     """The gate's figures; differences in nats per token."""
 
-    alive: int  # LoRA pairs whose update B A is not zero
+    alive: int  # of an adapter's updates, magnitudes and biases, or a full model's tensors: changed by training
     total: int
     largest_difference: float  # reloaded against trained
     tolerance: float
     change_from_base: float  # reloaded against base, largest
+    rounded_away: int = 0  # tensors that moved less than their stored type shows
+    uncompared: int = 0  # tensors that the base's files do not have under their name
 
 
-def run_gate(adapter: Path, base: Path, probe: Path, precision: str) -> GateReport:
-    """Check in a fresh process. Raises GateError with every reason."""
-    command = [sys.executable, "-m", "service.training.gate", str(adapter), str(base), str(probe), precision]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_S)
-    except subprocess.TimeoutExpired:
-        raise GateError(f"the gate's process did not answer within {TIME_LIMIT_S} s; it was ended.") from None
-    try:
-        answer = json.loads(done.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        raise GateError(
-            f"the gate's process ended with {done.returncode} and no answer: {done.stderr[-800:]}"
-        ) from None
+def run_gate(model: Path, base: Path, probe: Probe, config: RunConfig, started_from: Path | None = None) -> GateReport:
+    """Check in a fresh process what a run of this `config` saved in `model`. Raises GateError with every reason.
+
+    `started_from` is the directory of the adapter that `method.init_from` names.
+    """
+    with tempfile.TemporaryDirectory(prefix="loray-gate-") as directory:
+        job = Path(directory) / "job.json"
+        job.write_text(json.dumps(asdict(job_of(model, base, probe, config, started_from))), encoding="utf-8")
+        answer = _answer_of_fresh_process(job)
     if answer["reasons"]:
-        raise GateError(
-            f"the saved adapter is not what was trained: {' '.join(answer['reasons'])} It is not published."
-        )
+        raise GateError(f"the saved model is not what was trained: {' '.join(answer['reasons'])} It is not published.")
     return GateReport(**answer["report"])
 
 
-def check(adapter: Path, base: Path, probe: Probe, precision: str) -> tuple[GateReport | None, list[str]]:
-    """The report and the reasons against the adapter, in this process."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    reasons = _broken_tensors(tensors)
-    if reasons:
-        return None, reasons
-    dead, total = _dead_pairs(tensors)
-    if dead:
-        reasons.append(f"{len(dead)} of {total} updates are zero: {', '.join(dead[:5])}.")
-    trained = probe.log_probs
-    base_values, reloaded = _reload(adapter, base, probe, precision)
-    tolerance = FLOAT32_TOLERANCE if precision == "fp32" else max(BF16_FLOOR, 2 * probe.noise)
-    report = GateReport(
-        alive=total - len(dead),
-        total=total,
-        largest_difference=_largest(trained, reloaded),
-        tolerance=tolerance,
-        change_from_base=_largest(base_values, reloaded),
+def job_of(model: Path, base: Path, probe: Probe, config: RunConfig, started_from: Path | None = None) -> GateJob:
+    """All that the fresh process needs to know of a run's `config`, by value."""
+    method = config.method
+    if isinstance(method, FullBlock):
+        return GateJob(str(model), str(base), "full", config.precision, probe)
+    assert (started_from is None) == (method.init_from is None), "method.init_from comes with its directory"
+    return GateJob(
+        model=str(model),
+        base=str(base),
+        kind="adapter",
+        precision=config.precision,
+        probe=probe,
+        base_bits=method.base_bits,
+        double_quant=isinstance(method, QloraBlock) and method.double_quant,
+        started_from=None if started_from is None else str(started_from),
     )
-    if not report.largest_difference <= tolerance:
+
+
+def check(job: GateJob) -> tuple[GateReport | None, list[str]]:
+    """The report and the reasons against the model, in this process. No report where it cannot be loaded at all."""
+    from safetensors import SafetensorError
+
+    try:
+        found = _look_at_tensors(job)
+        if not found.loadable:
+            return None, found.reasons
+    except (ModelError, OSError, SafetensorError) as error:
+        return None, [f"its files cannot be read: {error}"]
+    try:
+        reloaded, noise = _reloaded_values(job)
+    except (ModelError, OSError, ValueError, KeyError, RuntimeError) as error:
+        # Whatever stops transformers or PEFT from loading it would stop its users.
+        return None, [*found.reasons, f"it cannot be loaded: {type(error).__name__}: {error}"]
+    report = _report(job, found, reloaded, noise, _base_values(job))
+    return report, [*found.reasons, *_differences(report)]
+
+
+def _look_at_tensors(job: GateJob) -> Findings:
+    from service.training import reloaded, saved_weights
+    from service.training.saved_weights import Weights
+
+    base = Weights.of_model(Path(job.base))
+    if job.kind == "full":
+        saved = Weights.of_model(Path(job.model))
+        fixed = reloaded.buffer_names(Path(job.model))
+        return saved_weights.inspect_model(saved, base, fixed=fixed, digests=job.probe.weights)
+    saved = Weights.of_adapter(Path(job.model))
+    started_from = Weights.of_adapter(Path(job.started_from)) if job.started_from else None
+    magnitudes = {}
+    if saved_weights.has_magnitudes(saved) and started_from is None:
+        magnitudes = reloaded.initial_magnitudes(reloaded.load_model(Path(job.base), _compute(job)), Path(job.model))
+    return saved_weights.inspect_adapter(saved, base, started_from=started_from, magnitudes=magnitudes)
+
+
+def _reloaded_values(job: GateJob) -> tuple[list[float], float]:
+    """The probe's log-probabilities by what was saved, and how much batch size and attention's road alone change them."""
+    from service.training import reloaded
+
+    compute, rows = _compute(job), job.probe.examples
+    if job.kind == "full":
+        model = reloaded.load_model(Path(job.model), compute)
+    else:
+        model = reloaded.load_adapter(reloaded.load_model(Path(job.base), compute), Path(job.model))
+    values = reloaded.log_probs(model, rows, compute)
+    alone = [value for row in rows for value in reloaded.log_probs(model, [row], compute)]
+    masked = reloaded.log_probs(model, rows, compute, attention_mask=True)
+    del model
+    reloaded.free_memory()
+    return values, max(_largest(values, alone), _largest(values, masked))
+
+
+def _base_values(job: GateJob) -> list[float]:
+    """The same by the base alone: loaded anew, because an adapter may have changed its biases."""
+    from service.training import reloaded
+
+    compute = _compute(job)
+    return reloaded.log_probs(reloaded.load_model(Path(job.base), compute), job.probe.examples, compute)
+
+
+def _report(job: GateJob, found: Findings, reloaded: list[float], noise: float, base: list[float]) -> GateReport:
+    return GateReport(
+        alive=found.alive,
+        total=found.total,
+        largest_difference=_largest(job.probe.log_probs, reloaded),
+        tolerance=_tolerance(job, found.rounded, noise),
+        change_from_base=_largest(base, reloaded),
+        rounded_away=found.rounded_away,
+        uncompared=found.uncompared,
+    )
+
+
+def _tolerance(job: GateJob, rounded: bool, noise: float) -> float:
+    """float32: fixed. Else twice the noise that trainer and gate have measured, and at least the type's floor.
+
+    bitsandbytes computes int8 products of float16 numbers whatever the precision is, and picks the columns that it leaves out
+    of int8 by the batch: SmolLM2-135M moved by up to 0.67 nats between a batch of 4 and single rows.
+    """
+    precision = "fp16" if job.base_bits == 8 and job.precision == "fp32" else job.precision
+    if precision == "fp32":
+        return FLOORS["fp32"]
+    floors = ROUNDED_FLOORS if rounded else FLOORS
+    return max(floors[precision], 2 * max(job.probe.noise, noise))
+
+
+def _differences(report: GateReport) -> list[str]:
+    reasons = []
+    if not report.largest_difference <= report.tolerance:
         reasons.append(
             f"log-probabilities differ by {report.largest_difference:.4g} nats from the trainer's, at most "
-            f"{tolerance:.4g} is noise."
+            f"{report.tolerance:.4g} is noise."
         )
     if not report.change_from_base > 0:
-        reasons.append("the adapter changes nothing: the base answers exactly the same.")
-    return report, reasons
-
-
-def _broken_tensors(tensors: dict[str, Any]) -> list[str]:
-    empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
-    infinite = [name for name, tensor in tensors.items() if tensor.numel() and not tensor.isfinite().all()]
-    reasons = [] if tensors else ["adapter_model.safetensors holds no tensor."]
-    reasons += [f"{len(empty)} tensors are empty: {', '.join(empty[:3])}."] if empty else []
-    reasons += [f"{len(infinite)} tensors are not finite: {', '.join(infinite[:3])}."] if infinite else []
+        reasons.append("training changed nothing: the base answers exactly the same.")
     return reasons
 
 
-def _dead_pairs(tensors: dict[str, Any]) -> tuple[list[str], int]:
-    pairs = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
-    dead = [p for p in pairs if not _is_alive(tensors[f"{p}.lora_A.weight"], tensors.get(f"{p}.lora_B.weight"))]
-    return dead, len(pairs)
+def _compute(job: GateJob) -> Compute:
+    from service.training.reloaded import Compute
 
-
-def _is_alive(a: Any, b: Any) -> bool:
-    return b is not None and bool((b.float() @ a.float()).abs().max() > 0)
-
-
-def _reload(adapter: Path, base: Path, probe: Probe, precision: str) -> tuple[list[float], list[float]]:
-    """Log-probabilities of the probe by the base alone, then with the adapter: transformers and PEFT only."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, trust_remote_code=False, local_files_only=True)
-    model.to(device).eval()
-    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-        base_values = _log_probs(model, probe)
-        return base_values, _log_probs(PeftModel.from_pretrained(model, adapter).eval(), probe)
-
-
-def _log_probs(model: Any, probe: Probe) -> list[float]:
-    import torch
-
-    device = next(model.parameters()).device
-    longest = max(len(ids) for ids, _ in probe.examples)
-    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in probe.examples], device=device)
-    mask = torch.tensor([m + [0] * (longest - len(m)) for _, m in probe.examples], device=device).bool()
-    attention = torch.tensor([[1] * len(i) + [0] * (longest - len(i)) for i, _ in probe.examples], device=device)
-    logits = model(input_ids=ids, attention_mask=attention, use_cache=False).logits[:, :-1][mask[:, 1:]]
-    targets = ids[:, 1:][mask[:, 1:]]
-    values: list[float] = logits.float().log_softmax(-1).gather(1, targets[:, None])[:, 0].tolist()
-    return values
+    return Compute(job.precision, job.base_bits, job.double_quant)  # type: ignore[arg-type]  # read from JSON
 
 
 def _largest(left: Sequence[float], right: Sequence[float]) -> float:
@@ -158,10 +226,24 @@ def _largest(left: Sequence[float], right: Sequence[float]) -> float:
     return max(differences) if all(map(math.isfinite, differences)) else math.inf  # max() would pass over a NaN
 
 
+def _answer_of_fresh_process(job: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "service.training.gate", str(job)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        raise GateError(f"the gate's process did not answer within {TIME_LIMIT_S} s; it was ended.") from None
+    try:
+        answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        raise GateError(
+            f"the gate's process ended with {done.returncode} and no answer: {done.stderr[-800:]}"
+        ) from None
+    return answer
+
+
 def main() -> None:
     """Print `{"report": ..., "reasons": [...]}` as the last line of standard output."""
-    adapter, base, probe, precision = sys.argv[1:]
-    report, reasons = check(Path(adapter), Path(base), Probe.load(Path(probe)), precision)
+    report, reasons = check(GateJob.read(Path(sys.argv[1])))
     print(json.dumps({"report": asdict(report) if report else None, "reasons": reasons}))
 
 

@@ -1,45 +1,48 @@
-"""The training loop, top to bottom: load, wrap, resume, iterate, report, checkpoint, save, pass the gate.
+"""The training loop, top to bottom: load, wrap, resume, iterate, evaluate, checkpoint, save, pass the gate.
 
 Plain PyTorch that knows nothing of Ray: it runs in one process, in several with a process group, or under Ray Train
 (`trainer.py`), with the same losses. All that it needs is in a `TrainJob`, all that it leaves is in the run's directory.
 Which rows belong to a step is decided by `data/planner.py`, what a loss is by `objectives/`, which weights move by
-`methods/`. Trainable weights, gradients and moments are float32; `bf16` is the storage of frozen weights and the compute.
+`methods/`, how they are spread by `strategy.py` and `zero.py`. Trainable weights, gradients and moments are float32;
+`bf16` and `fp16` are the storage of frozen weights and the compute. This thread never waits for storage: `watch.py`
+looks for stop requests and writes the logs, `checkpoint.py` uploads, both in threads of their own.
 """
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import math
+import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from service import storage
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
-from service.data import planner, prepare
+from service.data import prepare
 from service.errors import LorayError, ModelError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
-from service.training import optim
-from service.training.checkpoint import Checkpoint, newest_checkpoint, prune, save_checkpoint
-from service.training.gate import GateReport, Probe, run_gate
-from service.training.methods.lora import apply_lora, save_adapter
-from service.training.objectives.sft import Batch, SupervisedLoss, collate
+from service.training import handover, methods, optim, start_checks, strategy
+from service.training.batches import Batches, MicroBatch, make_plan, micro_sequences
+from service.training.checkpoint import Identity
+from service.training.gate import GateReport
+from service.training.keeper import Keeper
+from service.training.objectives.sft import SupervisedLoss
+from service.training.profiling import profiler
 from service.training.ranklog import RankLog
-from service.training.strategy import GradientBuffer, World
+from service.training.strategy import World
+from service.training.watch import Watch
 
-PROBE_ROWS = 4
-HEAD_TOLERANCE = {"fp32": 1e-4, "bf16": 0.25}  # nats, see SupervisedLoss.probe
-STOP_LOOK_SHARE = 0.01  # of the time goes into looking for a stop request: storage may be far away
+AGREE_EVERY_S = 10.0  # inside a step longer than twice this, the workers agree so often on whether to stop
 
 Metrics = dict[str, float]
 
@@ -57,12 +60,14 @@ class TrainJob:
     base_digest: str  # what every node must find there
     train_digest: str
     eval_digest: str | None
+    micro: int | None = None  # instead of memory.micro, after that did not fit
+    profile: bool = False  # leave a torch profiler trace in the run
+    asked_at: float = 0.0  # when the user asked, in seconds since the epoch: start-up is counted from here
 
     @property
-    def config_digest(self) -> str:
-        """Identifies what a checkpoint may be resumed with."""
-        parts = [self.config, self.base_digest, self.train_digest]
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    def identity(self) -> Identity:
+        """What a checkpoint must have come from to be resumed."""
+        return Identity(self.config, self.base_digest, self.train_digest)
 
 
 @dataclass(frozen=True)
@@ -74,39 +79,37 @@ class TrainResult:
     stopped: str | None = None
     gate: GateReport | None = None
     head: str = "supervised positions"
+    packing: str = ""
     seconds: float = 0.0
 
 
 def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None = None) -> TrainResult:
     """Train one run to its end, or until it is asked to stop. Every worker calls it with the same job.
 
-    `report` is called on every worker with the same metrics after each step. Raises TrainingError, ModelError, GateError.
+    `report` is called on every worker with the same metrics after each step. Raises TrainingError, ModelError, GateError,
+    OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
     run = Run.open(job.home, job.run_id)
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
-        session = _Session(job, world, run, log)
-        closing.insert(0, session.close)
+        session = _Session(job, world, run, log, closing)
         result = session.train_steps(report)
-        if result.stopped is None and world.rank == 0:
-            gate = session.save_and_check()
-            result = TrainResult(result.step, result.metrics, gate=gate, head=result.head)
+        if result.stopped is None:
+            result = replace(result, gate=session.save_and_check())
     except BaseException as error:
         log.failed()
         _close_quietly(closing, error)
         raise
-    for close in closing:
+    for close in reversed(closing):
         close()
-    return TrainResult(
-        result.step, result.metrics, result.stopped, result.gate, result.head, time.monotonic() - started
-    )
+    return replace(result, seconds=time.monotonic() - started)
 
 
 def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> None:
     """Close after a failure; what fails then is added to that failure's notes and never replaces it."""
-    for close in closing:
+    for close in reversed(closing):
         try:
             close()
         except LorayError as another:
@@ -116,96 +119,179 @@ def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> N
 class _Session:
     """What lives as long as one attempt: the model, its optimizer, the data, the logs."""
 
-    def __init__(self, job: TrainJob, world: World, run: Run, log: RankLog) -> None:
+    def __init__(self, job: TrainJob, world: World, run: Run, log: RankLog, closing: list[Callable[[], None]]) -> None:
         self.job, self.world, self.run, self.log = job, world, run, log
-        self.config = RunConfig.model_validate(job.config)
+        self.config = config = RunConfig.model_validate(job.config)
+        writer = f"a{job.attempt}-r{world.rank}"
+        self.metrics, self.ledger, self.events = (
+            LogWriter(run.path(name), writer, flush_every_s=math.inf) for name in ("metrics", "ledger", "events")
+        )
+        logs = (self.metrics, self.ledger, self.events)
+        self.watch = Watch(run, world.rank, job.attempt, log, logs, config.scale.stall_s, config.checkpoint.retry_s)
+        closing.append(self.watch.close)
+        self.born = time.time()
+        where = f"{world.rank} of {world.size} on {world.place}, process {os.getpid()}"
+        self.events.append({"time": time.time(), "kind": "worker", "text": where})
         cache = Path(job.cache)
-        self.base = _verified_base(job, cache)
+        base = _verified_base(job, cache)
         self.rows = prepare.load(job.train_digest, home=job.home, cache=cache)
         self.eval_rows = prepare.load(job.eval_digest, home=job.home, cache=cache) if job.eval_digest else None
-        self.lengths, self.supervised = self.rows.lengths, self.rows.supervised
-        self.plan = make_plan(self.config, len(self.rows))
-        self.micro_rows = micro_rows(self.config, max(self.lengths))
-        self.model = load_model(self.base.path, self.config, world.device)
-        self.named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.plan = make_plan(config, self.rows.lengths)
+        micro = job.micro or self._micro(packed=True)
+        self.batches = Batches(config, world, np.argsort(-self.rows.lengths, kind="stable"), micro)
+        self.watch.moved("loading the model")
+        with strategy.loading(config):
+            self.model = methods.load_model(base.path, config, world.device, cache, job.home)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.loaded = time.time()
         self.objective = SupervisedLoss(self.model)
-        self.optimizer = optim.build_adamw(self.named, self.config.optim)
-        self.gradients = GradientBuffer([p for _, p in self.named], world)
-        writer = f"a{job.attempt}-r{world.rank}"
-        self.metrics = LogWriter(storage.join(run.uri, "metrics"), writer)
-        self.ledger = LogWriter(storage.join(run.uri, "ledger"), writer)
-        self.events = LogWriter(storage.join(run.uri, "events"), writer)
-        self._stop: str | None = None
-        self._look_again_at = -math.inf
+        self.strategy = strategy.build_strategy(config, self.objective, named, world)
+        names = frozenset(name for name, _ in named)
+        self.keeper = Keeper(run, world, job.identity, config, cache, self.strategy, names, self._flush, self._event)
+        closing.append(self.keeper.saver.close)
+        self.step_seconds = 0.0  # of the last step, the first worker's: the same figure on all
 
     def train_steps(self, report: Callable[[Metrics], None] | None) -> TrainResult:
-        step = self._resume()
-        head = self._probe_head()
+        step = self._start()
+        last = self._metrics_of(step)
+        stopped: str | None = None
+        with profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile:
+            while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
+                self.watch.raise_if_failed()
+                self.keeper.saver.raise_if_failed()
+                metrics, stop = self._step(step)
+                profile.step()
+                if metrics is not None:  # else it was not made
+                    step, last = step + 1, metrics
+                    self._after_step(step, last, report)
+                if stop or self.keeper.due(step, self.plan.num_steps):
+                    self.watch.moved(f"checkpoint of step {step}")
+                    self.keeper.take(step)
+                if stop and step < self.plan.num_steps:
+                    stopped = self.run.stop_requested() or "asked to stop"
+        self.keeper.saver.wait()
+        if stopped is None and (best := self.keeper.back_to_the_best(step)) != step:
+            step, last = best, self._metrics_of(best)
+        return TrainResult(step, last, stopped, head=self.head, packing=self.packing)
+
+    def _start(self) -> int:
+        """Resume, and try what must be tried before the first step; the number of steps already done."""
+        self.watch.moved("looking for a checkpoint")
+        step = self.keeper.resume()
+        first, precision = [int(row) for row in self.plan.rows(0)], self.config.precision
+        self.watch.moved("trying the head, packing and the largest micro-batch")
+        self.head = start_checks.check_head(self.objective, self.batches, self.rows, first, precision)
+        start_checks.check_causal(self.objective, self.batches, self.rows, first)
+        self.packing = "a row a sequence, padded: data.pack is never"
+        if self.config.data.pack == "auto":
+            seq_len = self.config.data.seq_len
+            self.packing = start_checks.check_packing(self.objective, self.batches, self.rows, first, seq_len)
+            if self.batches.capacity is None and self.job.micro is None:
+                self.batches.micro = self._micro(packed=False)
+        start_checks.check_memory(self.objective, self.strategy, self.batches, self.rows)
+        self._event("head", self.head)
+        self._event("packing", self.packing)
+        self._event("ready", self._startup())
         if step == 0 and self.config.evaluate.at_start:
             self._log(0, self._evaluate())
-        last = self._metrics_of(step)
-        while step < self.plan.num_steps:
-            last, stop = self._step(step)
-            step += 1
-            finished = step == self.plan.num_steps
-            if finished or _due(step, self.config.evaluate.every.steps):
-                last |= self._evaluate()
-            self._log(step, last)
-            if finished or stop or _due(step, self.config.checkpoint.every.steps):
-                self._checkpoint(step)
-            if report:
-                report(last)
-            if stop and not finished:
-                return TrainResult(step, last, stopped=self.run.stop_requested() or "asked to stop", head=head)
-        return TrainResult(step, last, head=head)
+        return step
 
-    def _step(self, step: int) -> tuple[Metrics, bool]:
-        """One optimizer step over the global batch; this worker computes its share of the micro-batches."""
+    def _micro(self, *, packed: bool) -> int:
+        gpu = self.world.device.type == "cuda"
+        return micro_sequences(self.config, self.rows.lengths, self.world.size, packed=packed, gpu=gpu)
+
+    def _after_step(self, step: int, metrics: Metrics, report: Callable[[Metrics], None] | None) -> None:
+        """Evaluate where it is time, and tell everybody."""
+        if step == self.plan.num_steps or _due(step, self.config.evaluate.every.steps):
+            metrics |= self._evaluate()
+            self.keeper.progress = self.keeper.progress.after(step, metrics, self.config.stop)
+        self._log(step, metrics)
+        if report:
+            report(metrics)
+
+    def _patience_is_over(self) -> bool:
+        return self.keeper.progress.exhausted(self.config.stop)
+
+    def _step(self, step: int) -> tuple[Metrics | None, bool]:
+        """One optimizer step over the global batch; this worker computes its share of the micro-batches.
+
+        The metrics are None when the step was not made: abandoned, because somebody asked to stop and it would have taken
+        long, or overflown in float16, whose loss scale is smaller now.
+        """
         started = time.monotonic()
         rows = self.plan.rows(step)
-        batches = planner.micro_batches(rows, self.lengths, self.micro_rows)
-        mine = planner.share_of_rank(batches, self.lengths, self.world.rank, self.world.size)
-        self.gradients.clear()
+        batches = self.batches.of(rows, self.rows)
+        mine = self.batches.mine(batches, self.rows)
+        supervised = int(self.rows.supervised[rows].sum())
+        self.strategy.begin(supervised)
         loss_sum = 0.0
         suspects: list[int] = []
-        for index in mine:
+        for turn, index in enumerate(mine):
+            if self._agree_to_stop(turn, len(mine)):
+                return None, True
+            self.watch.moved(f"step {step + 1}, micro-batch {turn + 1} of {len(mine)}")
+            last = turn == len(mine) - 1
+            if index is None:
+                self._filler(batches, last)
+                continue
             torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
-            with self._compute():
-                loss = self.objective.loss_sum(self._batch(batches[index]))
-            value = float(loss.item())
-            suspects += [] if math.isfinite(value) else batches[index]
-            loss.backward()  # type: ignore[no-untyped-call]
+            with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
+                with self.batches.compute():
+                    loss = self.objective(self.batches.tensors(batches[index], self.rows))
+                value = float(loss.item())
+                suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
+                self.strategy.backward(loss, last=last)
             loss_sum += value
-            self._look_for_stop()
-        supervised = sum(self.supervised[row] for row in rows)
-        sums = self.gradients.add_up(loss_sum, supervised, stop=self._stop is not None)
-        norm = self.gradients.clip(self.config.optim.clip)
-        self._demand_finite(step, sums.loss, norm, suspects, rows)
+        sums = self.strategy.finish(loss_sum, stop=self.watch.stop_reason is not None)
+        self._demand_finite(step, "loss", sums.loss, suspects or rows)
         rate = optim.lr_at(step, self.plan.num_steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        drawn = [int(self.rows.row_numbers[row]) for index in mine for row in batches[index]]
+        update = self.strategy.update(rate)
+        if update.skipped:  # the same rows again, with a smaller scale: no draw is lost
+            self.log.say(f"step {step + 1}: overflow in float16 at a loss scale of {update.loss_scale:g}")
+            return None, sums.stop
+        self._demand_finite(step, "gradient norm", update.grad_norm, suspects or rows)
+        drawn = [int(self.rows.row_numbers[row]) for i in mine if i is not None for pack in batches[i] for row in pack]
         self.ledger.append({"step": step + 1, "ids": drawn})
-        seconds = time.monotonic() - started
+        self.step_seconds = self.world.from_first(int(1000 * (time.monotonic() - started))) / 1000
         metrics = {
             "train/loss": sums.loss,
-            "train/grad_norm": norm,
+            "train/grad_norm": update.grad_norm,
             "train/supervised_tokens": float(supervised),
-            "train/tokens_per_s": sum(self.lengths[row] for row in rows) / seconds,
+            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / (time.monotonic() - started),
             "optim/lr": rate,
             "train/epoch": (step + 1) / self.plan.steps_per_epoch,
             "memory/peak_bytes": float(_peak_bytes(self.world.device)),
         }
+        if self.config.precision == "fp16":
+            metrics["optim/loss_scale"] = update.loss_scale
         return metrics, sums.stop
 
-    def _demand_finite(self, step: int, loss: float, norm: float, suspects: list[int], rows: list[int]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
+    def _filler(self, batches: list[MicroBatch], last: bool) -> None:
+        """A turn of a worker that has fewer micro-batches than another: where collectives must be equal, one of weight 0."""
+        if not self.strategy.equal_rounds:
             return
-        numbers = sorted(int(self.rows.row_numbers[row]) for row in suspects or rows)
-        among = "in the micro-batch of" if suspects else "in the step of"
+        with self.batches.compute():
+            loss = self.objective(self.batches.tensors(batches[0], self.rows))
+        self.strategy.backward(loss * 0.0, last=last)
+
+    def _agree_to_stop(self, turn: int, turns: int) -> bool:
+        """Inside a long step: whether somebody was asked to stop. All workers look at the same turns.
+
+        A step that takes less than twice AGREE_EVERY_S is finished instead, so that nothing has to be trained again.
+        """
+        seconds = self.step_seconds
+        if turn == 0 or seconds < 2 * AGREE_EVERY_S:
+            return False
+        every = max(1, round(turns * AGREE_EVERY_S / seconds))
+        return turn % every == 0 and self.world.any(self.watch.stop_reason is not None)
+
+    def _demand_finite(self, step: int, what: str, value: float, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        if math.isfinite(value):
+            return
+        numbers = sorted({int(self.rows.row_numbers[row]) for row in rows})
+        shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
         raise TrainingError(
-            f"step {step + 1}: loss {loss}, gradient norm {norm}, {among} rows {numbers} of {self.rows.card.source}. "
+            f"step {step + 1}: {what} {value}, among rows [{shown}] of {self.rows.card.source}. "
             "Lower optim.lr, or look at these rows; the last checkpoint is from before."
         )
 
@@ -214,109 +300,64 @@ class _Session:
         """Held-out loss in nats per supervised token, over all rows, shared between the workers."""
         if self.eval_rows is None:
             return {}
-        lengths = self.eval_rows.lengths
-        batches = planner.micro_batches(range(len(self.eval_rows)), lengths, self.micro_rows)
-        mine = planner.share_of_rank(batches, lengths, self.world.rank, self.world.size)
+        batches = self.batches.of(range(len(self.eval_rows)), self.eval_rows)
+        mine = self.batches.mine(batches, self.eval_rows)
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.eval()
-        for index in mine:
-            batch = collate([self.eval_rows[row] for row in batches[index]], self.world.device)
-            with self._compute():
-                log_probs = self.objective.log_probs(batch)
-            total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
+        for turn, index in enumerate(mine):
+            self.watch.moved(f"evaluation, micro-batch {turn + 1} of {len(mine)}")
+            if index is None and not self.strategy.equal_rounds:
+                continue
+            with self.batches.compute():
+                log_probs = self.objective.log_probs(self.batches.tensors(batches[index or 0], self.eval_rows))
+            if index is not None:
+                total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
         self.model.train()
         nats, tokens = self.world.add_up(total).tolist()
         loss = nats / tokens
         return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
 
-    def _resume(self) -> int:
-        """Load the newest whole checkpoint, if any; the step to go on with."""
-        checkpoint, passed_over = newest_checkpoint(self.run.uri, self.job.config_digest)
-        for line in passed_over:
-            self._event("checkpoint_passed_over", line)
-        if checkpoint is None:
-            return 0
-        parameters = dict(self.named)
-        if set(parameters) != set(checkpoint.weights):
-            raise ModelError(f"the checkpoint of step {checkpoint.step} holds other tensors than this method trains.")
-        with torch.no_grad():
-            for name, value in checkpoint.weights.items():
-                parameters[name].copy_(value)
-        optim.restore_moments(self.optimizer, self.named, checkpoint.moments)
-        self._event("resumed", f"from the checkpoint of step {checkpoint.step}")
-        return checkpoint.step
+    def save_and_check(self) -> GateReport | None:
+        """Save the model, free the memory, and have a fresh process reproduce the probe; on the first worker only."""
+        self.watch.moved("saving the model")
+        probe = handover.make_probe(self.objective, self.batches, self.rows)
+        weights = ((name, tensors["weight"]) for name, tensors in self.strategy.state())
+        with tempfile.TemporaryDirectory(prefix="loray-model-") as aside:
+            directory = Path(aside) / "model"
+            if self.world.rank == 0:
+                probe = handover.save(self.model, weights, directory, self.config, probe)
+            for _ in weights:  # the other workers take part in gathering each weight
+                pass
+            del weights
+            self._free_memory()
+            if self.world.rank > 0:
+                return None
+            self.watch.moved("the gate")
+            cache = Path(self.job.cache)
+            base = _verified_base(self.job, cache)  # again: the cache may have been deleted meanwhile
+            return handover.check_and_keep(directory, base.path, probe, self.config, self.run, self.job.home, cache)
 
-    def _checkpoint(self, step: int) -> None:
-        """Logs first, on every worker, so that a resumed run has all rows before its checkpoint; then the state, once."""
-        self.metrics.flush()
-        self.ledger.flush()
-        self.world.wait_for_all()
-        if self.world.rank == 0:
-            weights = {name: p.detach().cpu().contiguous() for name, p in self.named}
-            state = Checkpoint(step, weights, optim.moments(self.optimizer, self.named))
-            save_checkpoint(self.run.uri, state, self.job.config_digest)
-            prune(self.run.uri, self.config.checkpoint.keep_last)
-        self.log.say(f"checkpoint of step {step} is whole")
-        self.log.keep()
-
-    def save_and_check(self) -> GateReport:
-        """Save the adapter in PEFT's format, free the memory, and have a fresh process reproduce the probe."""
-        with tempfile.TemporaryDirectory(prefix="loray-gate-") as name:
-            adapter, probe_file = Path(name) / "model", Path(name) / "probe.json"
-            save_adapter(self.model, adapter, self.config.model.id)
-            self._make_probe().save(probe_file)
-            del self.objective, self.model, self.optimizer, self.gradients, self.named
-            gc.collect()
-            if self.world.device.type == "cuda":
-                torch.cuda.empty_cache()
-            base = _verified_base(self.job, Path(self.job.cache))  # again: the cache may have been deleted meanwhile
-            report = run_gate(adapter, base.path, probe_file, self.config.precision)
-            for file in sorted(adapter.iterdir()):
-                storage.put_file(file, storage.join(self.run.uri, "model", file.name))
-        return report
-
-    def _make_probe(self) -> Probe:
-        """The trainer's own log-probabilities of a few rows, and how much a batch alone changes them."""
-        examples = [self.rows[row] for row in range(min(PROBE_ROWS, len(self.rows)))]
-        self.model.eval()
-        with self._compute():
-            together = self.objective.log_probs(collate(examples, self.world.device))
-            alone = torch.cat([self.objective.log_probs(collate([e], self.world.device)) for e in examples])
-        return Probe(
-            examples=[(ids.tolist(), mask.tolist()) for ids, mask in examples],
-            log_probs=together.tolist(),
-            noise=float((together - alone).abs().max().item()),
-        )
+    def _free_memory(self) -> None:
+        del self.objective, self.model, self.strategy, self.keeper
+        gc.collect()
+        if self.world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _metrics_of(self, step: int) -> Metrics:
-        """What an earlier attempt logged for a step, when this one resumes after it."""
+        """What was logged for a step by an earlier attempt, or before."""
         rows = [row for row in self.run.metrics() if row["step"] == step] if step else []
         return {name: value for row in rows for name, value in row.items() if name != "step"}
 
-    def _probe_head(self) -> str:
-        batch = self._batch(self.plan.rows(0)[: self.micro_rows])
-        self.model.eval()
-        with self._compute():
-            difference = self.objective.probe(batch, HEAD_TOLERANCE[self.config.precision])
-        self.model.train()
-        head = "the model's own forward" if self.objective.own_forward else "supervised positions"
-        self._event("head", f"{head} (differs from the model's own forward by {difference:.2g} nats)")
-        return head
+    def _startup(self) -> str:
+        """Where the seconds between asking and the first step went."""
+        now = time.time()
+        parts = {"start the workers": self.born - (self.job.asked_at or self.born)}
+        parts |= {"load the model": self.loaded - self.born, "wrap, resume and probe": now - self.loaded}
+        return f"{sum(parts.values()):.1f} s: " + ", ".join(f"{what} {seconds:.1f}" for what, seconds in parts.items())
 
-    def _batch(self, rows: list[int]) -> Batch:
-        return collate([self.rows[row] for row in rows], self.world.device)
-
-    def _compute(self) -> AbstractContextManager[Any]:
-        bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
-
-    def _look_for_stop(self) -> None:
-        """Between micro-batches, as often as STOP_LOOK_SHARE allows."""
-        before = time.monotonic()
-        if before >= self._look_again_at:
-            self._stop = self._stop or self.run.stop_requested()
-            after = time.monotonic()
-            self._look_again_at = after + (after - before) / STOP_LOOK_SHARE
+    def _flush(self) -> None:
+        self.metrics.flush()
+        self.ledger.flush()
 
     def _log(self, step: int, metrics: Metrics) -> None:
         figures = "  ".join(f"{name} {value:.6g}" for name, value in metrics.items())
@@ -329,41 +370,9 @@ class _Session:
         if self.world.rank == 0:
             self.events.append({"time": time.time(), "kind": kind, "text": text})
 
-    def close(self) -> None:
-        for log in (self.metrics, self.ledger, self.events):
-            log.close()
-
-
-def make_plan(config: RunConfig, num_examples: int) -> planner.Plan:
-    """The steps of a run over so many examples."""
-    rows, epochs = config.optim.batch.rows, config.optim.epochs
-    return planner.Plan(num_examples, rows, epochs, config.seed, config.optim.max_steps)
-
-
-def micro_rows(config: RunConfig, longest: int) -> int:
-    """Rows of a micro-batch: as the config says, or by itself."""
-    if config.memory.micro == "auto":
-        return planner.auto_micro_rows(config.optim.batch.rows, config.scale.workers, longest)
-    return config.memory.micro
-
-
-def load_model(path: Path, config: RunConfig, device: torch.device) -> Any:
-    """The base in its storage precision, frozen, with the method's float32 weights in it, ready to train."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"the model in {path} cannot be loaded as a causal language model: {error}") from error
-    model.to(device)
-    return apply_lora(model, config.method, config.seed).train()
-
 
 def _verified_base(job: TrainJob, cache: Path) -> BaseModel:
-    base = resolve_base_model(job.base_source, cache, RunConfig.model_validate(job.config).model.revision)
+    base = resolve_base_model(job.base_source, cache, RunConfig.model_validate(job.config).model.revision, job.home)
     if base.digest != job.base_digest:
         raise ModelError(
             f"base model {job.base_source!r} on this node has the digest {base.digest[:12]}, the run was planned with "

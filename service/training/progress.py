@@ -58,6 +58,10 @@ class ProgressView:
         for _, row in rows:
             self._show(row)
 
+    def say(self, line: str) -> None:
+        """A line beside the progress, such as why a new attempt begins."""
+        self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def _show(self, row: dict[str, Any]) -> None:
         if not self._console.is_terminal:
             line = f"step {row['step']}/{self._num_steps}  {self._figures(row)}"

@@ -6,7 +6,7 @@ import io
 from typing import Any
 
 from service import storage
-from service.config import ResolvedRun
+from service.config import LoraBlock, ResolvedRun, RunConfig
 from service.runs import Run
 from service.training.loop import TrainResult
 from service.training.plan import RunPlan
@@ -60,21 +60,21 @@ def _page(
     table = {
         "published as": published or "not published (no `publish` in the run file)",
         "base model": f"{plan.base.name} (sha256 {plan.base.digest[:12]})",
-        "method": f"LoRA r={config.method.r} alpha={config.method.alpha:g}, "
-        f"{plan.trainable_parameters:,} of {plan.total_parameters:,} parameters",
+        "method": f"{_method(config)}, {plan.trainable_parameters:,} of {plan.total_parameters:,} parameters",
         "training rows": f"{plan.train.rows:,} ({plan.train.tokens:,} tokens, {plan.train.supervised_share:.0%} trained)",
-        "steps": f"{result.step} of {plan.num_steps}, global batch {config.optim.batch.rows} rows, "
-        f"{config.scale.workers} worker(s)",
+        "steps": f"{result.step} of {plan.num_steps}, global batch {_batch(config)}, {config.scale.strategy} on "
+        f"{run.status().details.get('workers', 1)} worker(s)",
         "training loss": f"{rows[0].get('train/loss', rows[min(1, len(rows) - 1)].get('train/loss')):.4f} -> "
         f"{rows[-1]['train/loss']:.4f} nats per trained token",
         "held-out loss": held_out,
         "speed": f"median {sorted(rates)[len(rates) // 2]:.0f} tokens/s over all workers",
         "peak memory": f"{rows[-1]['memory/peak_bytes'] / 2**30:.2f} GiB (worker 0)",
         "head": result.head,
+        "packing": result.packing,
     }
     if gate:
         table["gate"] = (
-            f"alive {gate.alive}/{gate.total} updates; reloaded = trained within {gate.largest_difference:.2g} nats "
+            f"alive {gate.alive}/{gate.total}; reloaded = trained within {gate.largest_difference:.2g} nats "
             f"(allowed {gate.tolerance:.2g}); differs from the base by up to {gate.change_from_base:.2g}"
         )
     lines = [f"# Run {run.id}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
@@ -83,3 +83,16 @@ def _page(
     if changed:
         lines += ["", "Set on the command line:", *changed]
     return "\n".join(lines) + "\n"
+
+
+def _method(config: RunConfig) -> str:
+    method = config.method
+    if not isinstance(method, LoraBlock):
+        return "all weights"
+    options = [name for name in ("dora", "rslora") if getattr(method, name)]
+    return f"{method.type} r={method.r} alpha={method.alpha:g}{''.join(f' {name}' for name in options)}"
+
+
+def _batch(config: RunConfig) -> str:
+    batch = config.optim.batch
+    return f"{batch.rows} rows" if batch.rows else f"{batch.tokens} tokens"

@@ -1,31 +1,33 @@
-"""The training loop under Ray Train: the only file that imports it.
+"""One attempt of the training loop under Ray Train: the only file that imports it. Which attempts are made: `attempts.py`.
 
-Ray places the workers, makes the process group and carries metrics; checkpoints are the loop's own. A finite controller
-limit ends a run whose resources never come. Each attempt has a Ray run name of its own, because Ray would silently
-resume its own snapshot under an old one.
+Ray places the workers, makes the process group and carries metrics; checkpoints are the loop's own. Ray retries nothing
+here, and its own limit is finite, because without one a run whose resources never come would wait for ever. Each attempt
+has a Ray run name of its own, because Ray would silently resume its own snapshot under an old one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
 from service import launcher
-from service.errors import ClusterError, LorayError, TrainingError
+from service.errors import ClusterError, LorayError, TrainingError, WorkerLostError
 from service.training.loop import Metrics, TrainJob, TrainResult, train
-from service.training.strategy import World
+from service.training.strategy import World, is_lost_peer
 
 
-def fit(job: TrainJob, workers: int) -> TrainResult:
-    """Run the loop on `workers` Ray Train workers. Raises the loop's own error, or ClusterError when Ray failed."""
+def fit(job: TrainJob, workers: int, resources: dict[str, float]) -> TrainResult:
+    """Run the loop on `workers` Ray Train workers of so many `resources` each.
+
+    Raises the loop's own error, WorkerLostError when a worker was killed, ClusterError when Ray could not start them.
+    """
     launcher.connect()
-    import ray
     import ray.train
     from ray.train.torch import TorchTrainer
 
-    resources = _resources(workers)
     trainer = TorchTrainer(
         _work,
         train_loop_config=dataclasses.asdict(job),
@@ -36,41 +38,25 @@ def fit(job: TrainJob, workers: int) -> TrainResult:
             name=f"{job.run_id}-a{job.attempt}",
             storage_path=str(Path(job.cache) / "ray_train"),
             worker_runtime_env={"env_vars": launcher.ALLOCATOR},
-            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=2),
+            failure_config=ray.train.FailureConfig(
+                max_failures=0, controller_failure_limit=1, max_preemption_failures=0
+            ),
         ),
     )
     try:
         result: TrainResult = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         raise _cause(error.worker_failures, job) from error
+    except ray.train.ControllerError as error:
+        raise WorkerLostError(f"Ray Train could not start or keep {workers} worker(s): {error}") from error
     except ray.train.TrainingFailedError as error:
-        raise ClusterError(f"Ray Train could not run the workers: {error}") from error
+        raise ClusterError(f"Ray Train failed: {error}") from error
     return result
-
-
-def _resources(workers: int) -> dict[str, float]:
-    """What one worker asks for: a GPU where every worker can have one, else an equal share of the CPUs that are free.
-
-    No share may be larger than the smallest node, or it could never be placed. Raises ClusterError when there are too few.
-    """
-    import ray
-
-    total = ray.cluster_resources()
-    cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
-    if workers > cpus:
-        raise ClusterError(f"scale.workers is {workers}, the cluster has {cpus} CPUs. Lower it or add nodes.")
-    if 0 < gpus < workers:
-        raise ClusterError(f"scale.workers is {workers}, the cluster has {gpus} GPUs. Lower it or add GPUs.")
-    if gpus:
-        return {"CPU": 1, "GPU": 1}
-    nodes = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
-    smallest = min(count for count in nodes if count)
-    free = ray.available_resources().get("CPU", 0)
-    return {"CPU": max(1, int(min(free // workers, smallest)))}
 
 
 def _work(config: dict[str, Any]) -> TrainResult:
     """One worker's life. Ray has made the process group before this is called."""
+    import ray
     import ray.train
     import torch
 
@@ -82,19 +68,37 @@ def _work(config: dict[str, Any]) -> TrainResult:
         if "eval/loss" in metrics:
             ray.train.report(metrics)
 
-    return train(job, World.current(), report)
+    node = ray.get_runtime_context().get_node_id()[:8]
+    try:
+        return train(job, World.current(f"{socket.gethostname()}, Ray node {node}"), report)
+    except RuntimeError as error:
+        if is_lost_peer(error):
+            raise WorkerLostError(
+                f"another worker of {job.run_id} was killed, or its node went away: {error}"
+            ) from error
+        raise
 
 
 def _cause(failures: dict[int, Exception], job: TrainJob) -> LorayError:
-    """The loop's own error among the workers' failures: the others only lost their peer."""
-    for failure in failures.values():
-        error: BaseException | None = failure
-        while error is not None:
-            if isinstance(error, LorayError):
-                return error
-            error = getattr(error, "_base_exc", None) or error.__cause__
+    """What really happened, among the workers' failures: the loop's own error, a death, or else an error in the code."""
+    chains = {rank: list(_chain(failure)) for rank, failure in failures.items()}
+    ours = [error for chain in chains.values() for error in chain if isinstance(error, LorayError)]
+    for error in sorted(ours, key=lambda error: isinstance(error, WorkerLostError)):  # who lost a peer knows least
+        return error
+    import ray.exceptions
+
+    deaths = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
+    for rank, chain in sorted(chains.items()):
+        if any(isinstance(error, deaths) for error in chain):
+            return WorkerLostError(f"worker {rank} of {job.run_id} was killed, or its node went away: {failures[rank]}")
     rank, failure = min(failures.items())
     return TrainingError(
-        f"worker {rank} of {len(failures)} failed: {failure}. The run's checkpoints are whole: "
+        f"worker {rank} failed: {failure}. The run's checkpoints are whole: "
         f"go on with loray train --resume {job.run_id}."
     )
+
+
+def _chain(failure: BaseException | None) -> Any:
+    while failure is not None:
+        yield failure
+        failure = getattr(failure, "_base_exc", None) or failure.__cause__

@@ -1,65 +1,100 @@
 """LoRA (arXiv:2106.09685): a frozen base, and for each target linear an update B A scaled by alpha / r.
 
 PEFT puts the layers in and names the tensors; what is saved is PEFT's own format. A is drawn from the run's seed, B starts
-at zero, both are float32 whatever the base is stored in.
+at zero, and all that trains is float32 whatever the base is stored in. Options: rsLoRA's scale alpha / sqrt(r), DoRA's
+magnitude for each output, ranks and alphas of their own for some modules, biases. LoRA+ is the optimizer's business.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
 
 from service.config import LoraBlock
 from service.errors import ModelError
+from service.training.methods.parameters import make_float32
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
 
 
 def apply_lora(model: torch.nn.Module, method: LoraBlock, seed: int) -> PeftModel:
-    """Freeze `model` and put LoRA layers into it. Raises ModelError when a target names no linear of the model."""
-    targets = method.targets if isinstance(method.targets, str) else list(method.targets)
-    if not isinstance(targets, str):
-        _check_targets(model, targets)
+    """Freeze `model` and put LoRA layers into it. Raises ModelError when a target or a pattern names no layer of the model."""
+    from peft import get_peft_model
+
+    _check_names(model, method)
     torch.manual_seed(seed)
     # PEFT asks transformers by a name that is about to go; nothing that a user of ours could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-    config = LoraConfig(
-        r=method.r,
-        lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    wrapped: PeftModel = get_peft_model(model, config)
+    wrapped: PeftModel = get_peft_model(model, _peft_config(model, method))
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            make_float32(parameter)
     return wrapped
 
 
-def save_adapter(model: PeftModel, directory: Path, base_model: str) -> None:
-    """Write `adapter_model.safetensors` (float32) and `adapter_config.json` as PEFT does."""
+def _peft_config(model: torch.nn.Module, method: LoraBlock) -> LoraConfig:
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=method.r,
+        lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=method.targets if isinstance(method.targets, str) else list(method.targets),
+        bias=method.bias,
+        rank_pattern=dict(method.rank_pattern),
+        alpha_pattern=dict(method.alpha_pattern),
+        use_dora=method.dora,
+        use_rslora=method.rslora,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's linears are transposed
+        task_type="CAUSAL_LM",
+    )
+
+
+def adapter_tensors(model: PeftModel, named: dict[str, Any]) -> dict[str, Any]:
+    """What belongs to the adapter out of `named` by parameter name, under the names that PEFT's files have."""
+    from peft import get_peft_model_state_dict
+
+    tensors: dict[str, Any] = get_peft_model_state_dict(model, state_dict=named, save_embedding_layers=False)
+    return tensors
+
+
+def save_adapter(
+    model: Any,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    directory: Path,
+    base_model: str,
+    revision: str | None = None,
+) -> None:
+    """Write `adapter_model.safetensors` (float32) and `adapter_config.json` as PEFT does; the same weights, the same bytes."""
     directory.mkdir(parents=True, exist_ok=True)
-    trainable = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model, state_dict=trainable)
+    named = dict(weights)
+    tensors = adapter_tensors(model, named)
+    assert len(tensors) == len(named), "every trained tensor belongs to the adapter"
     save_file({name: t.contiguous() for name, t in tensors.items()}, directory / "adapter_model.safetensors")
-    config = model.peft_config["default"]
-    written: dict[str, Any] = config.to_dict()
-    written["base_model_name_or_path"] = base_model
-    written["inference_mode"] = True
-    written["target_modules"] = sorted(
-        config.target_modules
-    )  # a set: sorted, so that the same run gives the same bytes
-    (directory / "adapter_config.json").write_text(json.dumps(written, indent=2, sort_keys=True, default=list))
+    written: dict[str, Any] = model.peft_config["default"].to_dict()
+    written |= {"base_model_name_or_path": base_model, "revision": revision, "inference_mode": True}
+    text = json.dumps(written, indent=2, sort_keys=True, default=sorted)  # sorted: PEFT keeps the targets in a set
+    (directory / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
-def _check_targets(model: torch.nn.Module, targets: list[str]) -> None:
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    unmatched = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
-    if unmatched:
+def _check_names(model: torch.nn.Module, method: LoraBlock) -> None:
+    linears = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    problems = []
+    if not isinstance(method.targets, str):
+        unmatched = [t for t in method.targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
+        problems += [f"method.targets {unmatched} name no linear layer of the model"] if unmatched else []
+    for key, patterns in (("rank_pattern", method.rank_pattern), ("alpha_pattern", method.alpha_pattern)):
+        unmatched = [p for p in patterns if not any(re.fullmatch(rf"(.*\.)?({p})", name) for name in linears)]
+        problems += [f"method.{key} {unmatched} matches no linear layer of the model"] if unmatched else []
+    if problems:
         known = ", ".join(sorted({name.split(".")[-1] for name in linears}))
-        raise ModelError(f"method.targets {unmatched} name no linear layer of the model. Its linear layers: {known}.")
+        raise ModelError(f"{'; '.join(problems)}. Its linear layers: {known}.")

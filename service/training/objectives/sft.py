@@ -1,12 +1,14 @@
 """Supervised fine-tuning: the negative log-likelihood of the assistant's tokens, and of nothing else.
 
-Shapes: B examples, T tokens of the longest, N supervised tokens in the micro-batch, D hidden, V vocabulary. The head and
-the cross-entropy run on supervised positions only, in chunks, so that [N, V] logits never stand in memory at once.
+Examples may share a sequence (packing): positions begin again with each, and no example sees another. Whether a model
+keeps that promise is not assumed but probed. Shapes: B sequences, T tokens of the longest, N supervised tokens in the
+micro-batch, D hidden, V vocabulary. The head is in `head.py`, packed attention on CPUs in `attention.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,54 +17,114 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as functional
 
-CHUNK = 1024  # supervised positions whose logits stand in memory at once: 1024 x 49,152 float32 is 200 MB
+from service.training.objectives.attention import attend_by_example, attend_by_mask
+from service.training.objectives.head import Head, LogitShape, compute_dtype
+
+PROBE_TOKENS = 256  # of each example that a probe packs
+# Mean nats between an example packed and alone. Wrong positions or neighbours cost far more, rounding far less: seen were
+# 1e-6 in float32 and 0.01 in bfloat16.
+PACKING_NOISE = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.05}
 
 TokenArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
-Hidden = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded micro-batch. `trained_BT[b, t]` says that the prediction *of* token t is trained."""
+    """A padded micro-batch. `trained_BT[b, t]` says that the prediction *of* token t is trained.
+
+    `positions_BT` counts from 0 in every example, and in the padding after them; None where each sequence is one example.
+    """
 
     ids_BT: torch.Tensor
     trained_BT: torch.Tensor
+    positions_BT: torch.Tensor | None = None
 
     @property
     def targets_N(self) -> torch.Tensor:
-        """The supervised tokens, row by row. A first token has nothing before it and is never one."""
+        """The supervised tokens, sequence by sequence. An example's first token has nothing before it and is never one."""
         return self.ids_BT[:, 1:][self.trained_BT[:, 1:]]
 
 
-def collate(examples: Sequence[TokenArrays], device: torch.device) -> Batch:
-    """Pad examples on the right. No attention mask is needed: a causal model's tokens never see what stands after them.
+def collate(packs: Sequence[Sequence[TokenArrays]], device: torch.device) -> Batch:
+    """Each pack, of one or several examples, is one sequence; shorter ones are padded on the right.
 
-    Without one, attention takes its faster causal form. Padding is never trained.
+    No attention mask is needed for padding: a causal model's tokens never see what stands after them. Without one, and
+    without positions where nothing is packed, attention takes its faster causal form.
     """
-    longest = max(len(ids) for ids, _ in examples)
-    ids_BT = torch.zeros(len(examples), longest, dtype=torch.long)
-    trained_BT = torch.zeros(len(examples), longest, dtype=torch.bool)
-    for row, (ids, mask) in enumerate(examples):
-        ids_BT[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-        trained_BT[row, : len(ids)] = torch.from_numpy(mask.astype(bool))
-    return Batch(ids_BT.to(device), trained_BT.to(device))
+    examples = [example for pack in packs for example in pack]
+    lengths: Integers = np.fromiter((len(ids) for ids, _ in examples), dtype=np.int64, count=len(examples))
+    starts: Integers = np.cumsum(lengths) - lengths
+    ends = np.cumsum([len(pack) for pack in packs])
+    tokens = np.diff(np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], ends])])  # of each pack
+    longest = int(tokens.max())
+    place = np.arange(lengths.sum()) + np.repeat(np.arange(len(packs)) * longest - np.cumsum(tokens) + tokens, tokens)
+    mask = np.concatenate([mask for _, mask in examples]).astype(bool)
+    mask[starts] = False  # it would be predicted from the example before
+
+    def scattered(values: npt.NDArray[Any], empty: npt.NDArray[Any]) -> torch.Tensor:
+        empty.reshape(-1)[place] = values
+        return torch.from_numpy(empty).to(device)
+
+    shape = len(packs), longest
+    positions_BT = None
+    if len(examples) > len(packs):
+        padding = np.arange(longest) - tokens[:, None]  # from 0 again: one more example, which nobody looks at
+        positions_BT = scattered(np.arange(lengths.sum()) - np.repeat(starts, lengths), padding)
+    return Batch(
+        scattered(np.concatenate([ids for ids, _ in examples]), np.zeros(shape, dtype=np.int64)),
+        scattered(mask, np.zeros(shape, dtype=bool)),
+        positions_BT,
+    )
 
 
-class SupervisedLoss:
+class SupervisedLoss(torch.nn.Module):
     """The loss of a causal language model, by the fast road where the model allows it, else by its own forward.
 
     The fast road takes the decoder's hidden states of the supervised positions through the head's weight. Heads that do
-    more (soft-capping, scaling, a bias) would be wrong there, so `probe` compares both on a real batch first.
+    more than scaling and soft-capping would be wrong there, so `probe_head` compares both on a real batch first.
+    `own_forward` says which is taken. The model's parameters keep their names in `model.named_parameters()`.
     """
 
-    def __init__(self, model: Any) -> None:
-        causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._causal = causal
-        self._decoder = getattr(causal, causal.base_model_prefix)
-        self._head = causal.get_output_embeddings()
-        self.own_forward = not (type(self._head) is torch.nn.Linear and self._head.bias is None)
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        linear = self._causal.get_output_embeddings()
+        plain = self._decoder is not None and type(linear) is torch.nn.Linear and linear.bias is None
+        shape = LogitShape.of(self._causal.config.get_text_config())
+        self.head = Head(linear.weight, shape) if plain else None
+        self.own_forward = self.head is None
 
-    def probe(self, batch: Batch, tolerance: float) -> float:
+    # Properties, because an attribute would make these modules children a second time.
+    @property
+    def _causal(self) -> Any:
+        """The transformers model, inside of PEFT's where there is one."""
+        model: Any = self.model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+    @property
+    def _decoder(self) -> Any:
+        causal = self._causal
+        return getattr(causal, causal.base_model_prefix, None)
+
+    def forward(self, batch: Batch, summed: bool = True) -> torch.Tensor:
+        """The sum over supervised tokens of -log p, in nats, with its gradient; not `summed`, each log p, [N] float32."""
+        targets_N = batch.targets_N
+        if self.head is None or self.own_forward:
+            logits_NV = self._at_supervised(self._causal, "logits", batch).float()
+            loss = functional.cross_entropy(logits_NV, targets_N, reduction="sum" if summed else "none")
+            return loss if summed else -loss
+        hidden_ND = self._at_supervised(self._decoder, "last_hidden_state", batch)
+        result: torch.Tensor = self.head(hidden_ND, targets_N, summed)
+        return result
+
+    @torch.no_grad()
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        """log p of every supervised token, [N], float32."""
+        result: torch.Tensor = self(batch, summed=False)
+        return result
+
+    def probe_head(self, batch: Batch, tolerance: float) -> float:
         """The largest difference in log-probability (nats) between both roads; over `tolerance`, the model's own is taken.
 
         `tolerance` is 1e-4 in float32; in bfloat16 logits near 16 are rounded to 1/16, so 0.25 is their noise.
@@ -75,75 +137,68 @@ class SupervisedLoss:
         self.own_forward = not difference <= tolerance
         return difference
 
-    def loss_sum(self, batch: Batch) -> torch.Tensor:
-        """The sum over supervised tokens of -log p, in nats, with its gradient."""
-        if self.own_forward:
-            logits_NV = self._own_logits(batch)
-            return functional.cross_entropy(logits_NV.float(), batch.targets_N, reduction="sum")
-        loss: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            self._hidden(batch), self._head.weight, batch.targets_N
-        )
-        return loss
+    def probe_packing(self, examples: Sequence[TokenArrays]) -> str | None:
+        """None where examples may share a sequence; else the reason against it. In eval mode, after `probe_head`.
 
-    @torch.no_grad()
-    def log_probs(self, batch: Batch) -> torch.Tensor:
-        """log p of every supervised token, [N], float32."""
-        targets_N = batch.targets_N
-        if self.own_forward:
-            return _log_probs(self._own_logits(batch), targets_N)
-        hidden_ND = self._hidden(batch)
-        parts = [
-            _log_probs(functional.linear(hidden, self._head.weight), targets)
-            for hidden, targets in zip(torch.split(hidden_ND, CHUNK), torch.split(targets_N, CHUNK), strict=True)
-        ]
-        return torch.cat(parts)
+        Packs the examples, changes the first one, and demands the same bits for the others; and about the same as alone.
+        On a CPU this also chooses how packed sequences attend: example by example, or else by a mask.
+        """
+        if "position_ids" not in inspect.signature((self._decoder or self._causal).forward).parameters:
+            return f"{type(self._causal).__name__} takes no position ids"
+        cut = [(ids[:PROBE_TOKENS], np.ones_like(mask[:PROBE_TOKENS])) for ids, mask in examples]
+        first, *others = cut if len(cut) > 1 else [*cut, *cut]
+        alone = torch.cat([self._probed([[example]]) for example in (first, *others, others[0])])
+        if not alone.isfinite().all():
+            return f"{type(self._causal).__name__} gives log-probabilities that are not finite"
+        if attend_by_example(self._causal):
+            if self._leak(first, others, alone) is None:
+                return self.probe_causality(first)
+            attend_by_mask(self._causal)
+        return self._leak(first, others, alone) or self.probe_causality(first)
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        output = self._decoder(input_ids=batch.ids_BT, use_cache=False)
-        hidden_ND: torch.Tensor = output.last_hidden_state[:, :-1][batch.trained_BT[:, 1:]]
-        return hidden_ND
+    def probe_causality(self, example: TokenArrays) -> str | None:
+        """None where no token's probability changes with those after it; else what is wrong with the model. In eval mode.
 
-    def _own_logits(self, batch: Batch) -> torch.Tensor:
-        output = self._causal(input_ids=batch.ids_BT, use_cache=False)
-        logits_NV: torch.Tensor = output.logits[:, :-1][batch.trained_BT[:, 1:]]
-        return logits_NV
+        A model that sees the token it is to predict learns nothing, packed or not.
+        """
+        ids, mask = example[0][:PROBE_TOKENS], np.ones_like(example[1][:PROBE_TOKENS])
+        other_end = np.append(ids[:-1], _another(ids[-1:])).astype(ids.dtype)
+        if torch.equal(self._probed([[(ids, mask)]])[:-1], self._probed([[(other_end, mask)]])[:-1]):
+            return None
+        return f"{type(self._causal).__name__} is no causal model: a token's probability changes with those after it"
+
+    def _leak(self, first: TokenArrays, others: list[TokenArrays], alone: torch.Tensor) -> str | None:
+        name = type(self._causal).__name__
+        ids, mask = first
+        packed = self._probed([[first, *others], [others[0]]])
+        changed = self._probed([[(_another(ids), mask), *others], [others[0]]])
+        after = len(ids) - 1
+        if not torch.equal(packed[after:], changed[after:]):
+            worst = float((packed - changed)[after:].abs().max().item())
+            return f"in {name} an example sees the one before it in its sequence ({worst:.2g} nats)"
+        noise = PACKING_NOISE.get(compute_dtype(next(self.model.parameters())), PACKING_NOISE[torch.float32])
+        difference = float((packed - alone).abs().mean().item())
+        if not difference <= noise:
+            return f"in {name} a packed example differs from itself alone (by {difference:.2g} nats a token)"
+        return None
+
+    def _probed(self, packs: Sequence[Sequence[TokenArrays]]) -> torch.Tensor:
+        return self.log_probs(collate(packs, next(self.model.parameters()).device))
+
+    def _at_supervised(self, module: Any, output: str, batch: Batch) -> torch.Tensor:
+        """`output` of the model or its decoder where a supervised token is predicted, [N, ...]."""
+        ids_BT, positions_BT = batch.ids_BT, batch.positions_BT
+        if positions_BT is None:
+            values_BTX = getattr(module(input_ids=ids_BT, use_cache=False), output)
+        else:  # transformers looks for packing only without a cache and without a mask
+            if self._causal.config._attn_implementation.startswith("flash"):  # and there only in a single sequence
+                ids_BT, positions_BT = ids_BT.reshape(1, -1), positions_BT.reshape(1, -1)
+            values_BTX = getattr(module(input_ids=ids_BT, position_ids=positions_BT, use_cache=False), output)
+        values_BTX = values_BTX.reshape(*batch.ids_BT.shape, -1)
+        supervised: torch.Tensor = values_BTX[:, :-1][batch.trained_BT[:, 1:]]
+        return supervised
 
 
-def _log_probs(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    return -functional.cross_entropy(logits_NV.float(), targets_N, reduction="none")
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Head and cross-entropy with the gradient computed on the way forward, chunk by chunk: d loss / d logits = p - y."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        grad_hidden = torch.empty_like(hidden_ND) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if needs_weight else None
-        for start in range(0, len(targets_N), CHUNK):
-            part = slice(start, start + CHUNK)
-            targets = targets_N[part, None]
-            logits = functional.linear(hidden_ND[part], weight_VD).float()
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (normaliser - logits.gather(1, targets)).sum()
-            slope = logits.sub_(normaliser).exp_().scatter_add_(1, targets, -torch.ones_like(normaliser))
-            slope_low = slope.to(weight_VD.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = slope_low @ weight_VD
-            if grad_weight is not None:
-                grad_weight += (slope_low.T @ hidden_ND[part].to(slope_low.dtype)).float()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight_VD.dtype
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
-        (upstream,) = grads
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            None if grad_hidden is None else grad_hidden * upstream.to(grad_hidden.dtype),
-            None if grad_weight is None else (grad_weight * upstream).to(ctx.weight_dtype),
-            None,
-        )
+def _another(ids: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Other ids of the same vocabulary, every one changed."""
+    return np.where(ids > 0, ids - 1, ids + 1)

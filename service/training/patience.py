@@ -1,0 +1,53 @@
+"""Storage that is away for a while: the same thing is asked for again until it works or patience is over.
+
+Only for threads that may wait. Says once that storage is away, and once that it is back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from service.errors import StorageError
+
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 15.0
+
+T = TypeVar("T")
+
+
+class Patience:
+    """`what` is being done, for messages. `event(kind, text)` hears `storage_away` and `storage_back`."""
+
+    def __init__(self, retry_s: float, what: str, event: Callable[[str, str], None]) -> None:
+        self._retry_s, self._what, self._event = retry_s, what, event
+
+    def insist(self, do: Callable[[], T]) -> T:
+        """What `do` returns, however often it fails with StorageError until `retry_s` have passed since the first failure.
+
+        Then the StorageError. Every other error is raised at once. Pauses double, and differ between workers.
+        """
+        try:
+            return do()
+        except StorageError as error:
+            if not self._retry_s:
+                raise
+            first, failure = time.monotonic(), error
+        self._event("storage_away", f"{self._what}: {failure} Trying again for up to {self._retry_s:g} s.")
+        pause_s = FIRST_PAUSE_S
+        while (left_s := first + self._retry_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            try:
+                result = do()
+            except StorageError as error:
+                failure = error
+            else:
+                self._event("storage_back", f"{self._what}: after {time.monotonic() - first:.1f} s")
+                return result
+        raise StorageError(
+            f"{self._what}: storage was away for {time.monotonic() - first:.0f} s, checkpoint.retry_s allows "
+            f"{self._retry_s:g}: {failure}"
+        ) from failure

@@ -1,0 +1,122 @@
+"""What a run asks of the cluster, and what the cluster has: pure decisions on Ray's own tables, and waiting with a message.
+
+A run that can never be placed must say so: Ray itself would wait for ever.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from service import launcher
+from service.config import ScaleBlock
+from service.errors import ClusterError
+
+TELL_EVERY_S = 30.0
+LOOK_EVERY_S = 1.0
+
+Resources = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The resources of each living node, and what is free in all."""
+
+    nodes: tuple[Resources, ...]
+    free: Resources
+
+    @classmethod
+    def current(cls) -> Cluster:
+        """As Ray sees it now."""
+        import ray
+
+        nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
+        return cls(nodes, dict(ray.available_resources()))
+
+    def total(self, kind: str) -> float:
+        """Of one kind of resource, on all nodes."""
+        return sum(node.get(kind, 0.0) for node in self.nodes)
+
+
+def share_of(cluster: Cluster, scale: ScaleBlock) -> Resources:
+    """What one worker asks for: a GPU where the cluster has any, else an equal share of the CPUs, of the free ones if need be.
+
+    No share is larger than the smallest node's, or it could never be placed there.
+    """
+    if cluster.total("GPU"):
+        return {"CPU": 1, "GPU": 1}
+    smallest = min((int(node["CPU"]) for node in cluster.nodes if node.get("CPU")), default=1)
+    for cpus in (cluster.total("CPU"), cluster.free.get("CPU", 0.0)):
+        share: Resources = {"CPU": max(1, min(int(cpus // scale.max_workers), smallest))}
+        if room_for(cluster, share) >= scale.min_workers:
+            break
+    return share
+
+
+def room_for(cluster: Cluster, share: Resources) -> int:
+    """How many more workers could be placed: within what is free, and whole on single nodes."""
+    free = min(int(cluster.free.get(kind, 0.0) // amount) for kind, amount in share.items())
+    whole = sum(min(int(node.get(kind, 0.0) // amount) for kind, amount in share.items()) for node in cluster.nodes)
+    return min(free, whole)
+
+
+def await_workers(scale: ScaleBlock, say: Callable[[str], None], stop: Callable[[], bool]) -> tuple[int, Resources]:
+    """The number of workers to start now and what each gets. Waits `scale.wait_s` at most; an autoscaler is asked.
+
+    Raises ClusterError when the time is over, or at once where nothing can come: a Ray that this process has started.
+    """
+    started = time.monotonic()
+    told = -TELL_EVERY_S
+    asked = False
+    try:
+        while True:
+            cluster = Cluster.current()
+            share = share_of(cluster, scale)
+            room = room_for(cluster, share)
+            if room >= scale.min_workers:
+                return min(room, scale.max_workers), share
+            waited = time.monotonic() - started
+            missing = _missing(cluster, share, scale.min_workers, room)
+            if waited >= scale.wait_s or (launcher.started_here() and _never(cluster, share, scale.min_workers)):
+                raise ClusterError(f"{missing} Lower scale.workers, add nodes, or raise scale.wait_s.")
+            if stop():
+                raise ClusterError(f"stopped while waiting: {missing}")
+            if waited - told >= TELL_EVERY_S:
+                say(f"{missing} Waiting, {scale.wait_s - waited:.0f} s more at most (--no-wait fails at once).")
+                told = waited
+            if not asked:
+                _ask_autoscaler([share] * scale.max_workers)
+                asked = True
+            time.sleep(LOOK_EVERY_S)
+    finally:
+        if asked:
+            _ask_autoscaler([])
+
+
+def _missing(cluster: Cluster, share: Resources, workers: int, room: int) -> str:
+    wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in share.items())
+    have = ", ".join(f"{cluster.free.get(kind, 0.0):g} of {cluster.total(kind):g} {kind} free" for kind in share)
+    return f"{workers} worker(s) with {wanted} each are wanted, {room} can be placed: the cluster has {have}."
+
+
+def _never(cluster: Cluster, share: Resources, workers: int) -> bool:
+    """Whether even an empty cluster of these nodes could not hold the workers."""
+    empty = Cluster(cluster.nodes, {kind: cluster.total(kind) for kind in share})
+    return room_for(empty, share) < workers
+
+
+def _ask_autoscaler(bundles: Sequence[Resources]) -> None:
+    """Tell an autoscaler, where there is one, what is waited for; an empty list takes it back."""
+    from ray.autoscaler.sdk import request_resources
+
+    request_resources(bundles=[dict(bundle) for bundle in bundles])
+
+
+def nodes_going_away() -> set[str]:
+    """Ids of nodes that Ray was told will be taken away soon (a preemption notice)."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what Serve asks; the public call is a barrier
+
+    client = GcsClient(address=ray.get_runtime_context().gcs_address)
+    return {str(node) for node in client.get_draining_nodes()}

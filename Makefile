@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test test-long lint
+.PHONY: setup demo test test-long bench lint
 
 setup: $(STAMP)
 
@@ -23,8 +23,15 @@ test: setup
 	$(BIN)/python -m pytest -m 'not long'
 
 test-long: setup
-	$(BIN)/python -m pytest -m long --ignore tests/integration/test_readme.py
+	$(BIN)/python -m pytest -m long --ignore tests/integration/test_readme.py --ignore tests/integration/test_nodes.py
+	$(BIN)/python -m pytest -m long tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
+
+# Prints tables and ratios; asserts nothing. On a quiet machine, please.
+bench: setup
+	$(BIN)/python -m pip install --quiet --editable '.[bench]' --constraint constraints.txt
+	$(BIN)/python -m tests.benchmarks.train_vs_trl
+	$(BIN)/python -m tests.benchmarks.plan_error
 
 lint: setup
 	$(BIN)/ruff check .

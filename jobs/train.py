@@ -1,7 +1,7 @@
 """Train one run file from beginning to end.
 
-    python -m jobs.train run.yaml [--set optim.max_steps=4 ...]
-    python -m jobs.train --resume RUN
+    python -m jobs.train run.yaml [--set optim.max_steps=4 ...] [--no-wait] [--profile]
+    python -m jobs.train --resume RUN [--set scale.workers=2 ...] [--no-wait] [--profile]
 
 What `loray train` submits to a cluster, and what a bare `ray job submit` runs. Exits with 0 when the run succeeded or was
 stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run. The work is `training/driver.py`.
@@ -11,26 +11,40 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+from collections.abc import Sequence
 
 from rich.console import Console
 
 from service.config import load_run, run_from_json
 from service.errors import LorayError
+from service.launcher import NO_WAIT
 from service.settings import load_settings
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line above; the exit code. The last line printed is the reason of a failure."""
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line above; exits with 2 when it is neither of the two. `--no-wait` has become an override."""
     parser = argparse.ArgumentParser(prog="python -m jobs.train", description="Train one run file.")
     parser.add_argument("run_file", nargs="?", help="a YAML run file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
     parser.add_argument("--resume", metavar="RUN", help="go on with a run: its id, or latest")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
+    parser.add_argument("--no-wait", action="append_const", dest="set", const=NO_WAIT, help="fail at once without room")
+    parser.add_argument("--profile", action="store_true", help="leave a trace of a few steps in the run")
     parser.add_argument("--run-id", help="the id of the new run; made from the time and its name unless given")
+    parser.add_argument(
+        "--asked-at", type=float, default=time.time(), help="when it was asked for, in seconds of Unix time"
+    )
     given = parser.parse_args(arguments)
     if (given.run_file is None) == (given.resume is None):
         parser.error("give a run file, or --resume RUN")
-    if given.resume and (given.set or given.run_id):
-        parser.error("--set and --run-id cannot go with --resume: a run goes on as it is")
+    if given.resume and given.run_id:
+        parser.error("--run-id cannot go with --resume: a run goes on under its own id")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; the exit code. The last line printed is the reason of a failure."""
+    given = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
         settings = load_settings()
@@ -39,9 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
 
         resume = reopen(settings.home, given.resume) if given.resume else None
         if resume:
-            resolved = run_from_json(resume.resolved(), resume.run_yaml())
+            resolved = run_from_json(resume.resolved(), resume.run_yaml(), given.set)
         assert resolved is not None
-        train_run(resolved, settings, console, resume=resume, run_id=given.run_id)
+        train_run(
+            resolved, settings, console,
+            resume=resume, run_id=given.run_id, profile=given.profile, asked_at=given.asked_at,
+        )  # fmt: skip
     except LorayError as error:
         console.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
         return 2 if isinstance(error, ValueError | LookupError) else 1

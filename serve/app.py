@@ -128,7 +128,7 @@ def _shut_down() -> None:
 
 def prepare(config: ServeConfig, settings: Settings) -> Prepared:
     """Resolve and check base model and adapters. Writes nothing, needs no Ray."""
-    resolved = resolve_base_model(config.model.id, settings.cache, config.model.revision)
+    resolved = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
     template = config.model.chat_template
     template = None if template is None else read_text(template, "model.chat_template")
     base = Base(

@@ -74,6 +74,8 @@ def register(files: EndpointFiles, wanted: Mapping[str, Registered]) -> Registra
 
 def mismatches(manifest: Manifest, base: Base) -> list[str]:
     """All the reasons why an adapter does not belong to this base, each with both values."""
+    if manifest.kind != "adapter":
+        return [f"it is a {manifest.kind} model, no adapter: serve it as a base of its own (model: {manifest.ref})"]
     problems = []
     if manifest.base_digest != base.digest:
         problems.append(

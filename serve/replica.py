@@ -46,7 +46,7 @@ class EngineReplica:
 
         # Ray sets OMP_NUM_THREADS=1 for a fraction of a CPU, which is what it was asked to reserve, not what may be used.
         torch.set_num_threads(engine.threads or len(os.sched_getaffinity(0)))
-        model = resolve_base_model(base.source, cache, base.revision)
+        model = resolve_base_model(base.source, cache, base.revision, files.home)
         self._renderer = load_renderer(model.path, base.chat_template)
         _check_same(base, model.digest, self._renderer.digest)
         self._engine = TorchEngine(

@@ -16,13 +16,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from service import storage
-from service.config import ResolvedRun
+from service.config import LoraBlock, ResolvedRun
 from service.errors import ClusterError, ConfigError, LorayError, NotFoundError
 
 PACKAGES = ("service", "jobs", "tune", "serve")
@@ -34,6 +34,7 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
+NO_WAIT = "scale.wait_s=0"  # what `--no-wait` stands for
 STOP_WAIT_S = 120  # between SIGTERM and SIGKILL: time for a checkpoint
 
 
@@ -68,6 +69,11 @@ def _address() -> str:
     return os.environ.get("RAY_ADDRESS") or "local"
 
 
+def started_here() -> bool:
+    """Whether the cluster is one that this process starts for itself, to which no node will ever be added."""
+    return _address() == "local"
+
+
 def _write_token(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=file.parent) as aside:  # readable by its owner only
@@ -94,30 +100,72 @@ def connect() -> None:
         raise ClusterError(f"Ray could not be reached or started at {address!r}: {error}") from error
 
 
-def submit(resolved: ResolvedRun, run_id: str, address: str, env_vars: dict[str, str], *, resume: bool = False) -> str:
+def train_command(
+    run_id: str, overrides: Sequence[str], *, run_file: str | None, profile: bool, asked_at: float
+) -> list[str]:
+    """`-m jobs.train` with its arguments: for a new run of `run_file`, or without one for a run that goes on.
+
+    `asked_at` (seconds since the epoch) travels along: start-up is counted from the user's command, not from the job's.
+    """
+    what = [run_file, "--run-id", run_id] if run_file else ["--resume", run_id]
+    sets = [part for override in overrides for part in ("--set", override)]
+    return ["-m", "jobs.train", *what, *sets, *(["--profile"] if profile else []), "--asked-at", repr(asked_at)]
+
+
+def submit(
+    resolved: ResolvedRun | None,
+    run_id: str,
+    address: str,
+    env_vars: dict[str, str],
+    *,
+    overrides: Sequence[str] = (),
+    profile: bool = False,
+    asked_at: float,
+) -> str:
     """Submit `python -m jobs.train` for a run as a Ray job and return the job's id. Raises ClusterError.
 
-    The first job of a run has the run's id, a resumed run's job the id and a number: Ray never takes an id twice.
+    Without `resolved` the run goes on, with `overrides`. The first job of a run has the run's id, a resumed run's job the id
+    and a number: Ray never takes an id twice.
     """
     client = job_client(address)
     try:
-        with staged(None if resume else resolved) as (directory, overrides):
-            command = ["--resume", run_id] if resume else ["run.yaml", *overrides, "--run-id", run_id]
+        with staged(resolved) as (directory, staged_overrides):
+            run_file = "run.yaml" if resolved else None
+            given = [*overrides, *staged_overrides]
+            command = train_command(run_id, given, run_file=run_file, profile=profile, asked_at=asked_at)
             earlier = len(_jobs_of(client, run_id))
-            job_id: str = client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "jobs.train", *command]),
-                submission_id=f"{run_id}-{earlier + 1}" if earlier else run_id,
-                runtime_env={
-                    "working_dir": str(directory),
-                    "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **env_vars},
-                },
-                metadata={"loray_run": run_id},
-            )
+            return _submit(
+                client, command, directory, {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), **env_vars},
+                submission_id=f"{run_id}-{earlier + 1}" if earlier else run_id, metadata={"loray_run": run_id},
+            )  # fmt: skip
     except LorayError:
         raise
     except (RuntimeError, ValueError, OSError) as error:
         raise ClusterError(f"the cluster at {address} did not take the job: {error}") from error
-    return job_id
+
+
+def run_doctor(address: str, workers: int, env_vars: dict[str, str]) -> str:
+    """Submit `python -m jobs.doctor --json` as a Ray job, wait for its end, and return its log. Raises ClusterError."""
+    client = job_client(address)
+    log: list[str] = []
+    try:
+        with staged(None) as (directory, _):
+            command = ["-m", "jobs.doctor", "--json", "--workers", str(workers)]
+            job_id = _submit(client, command, directory, env_vars)
+        follow(client, job_id, log.append)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(f"the cluster at {address} could not be examined: {error}") from error
+    return "".join(log)
+
+
+def _submit(client: Any, command: list[str], directory: Path, env_vars: dict[str, str], **options: Any) -> str:
+    return str(
+        client.submit_job(
+            entrypoint=shlex.join(["python", *command]),
+            runtime_env={"working_dir": str(directory), "env_vars": env_vars},
+            **options,
+        )
+    )
 
 
 def job_client(address: str) -> Any:
@@ -180,8 +228,8 @@ def follow(client: Any, job_id: str, echo: Callable[[str], None]) -> tuple[str, 
 def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
     """A directory with our packages, the run file and its small local data: what travels to the cluster.
 
-    Not the user's directory, which may hold anything. Beside it the arguments that say what `--set` was given and where
-    the data lies there. Without a run, the packages only. Raises ConfigError when the data is too large to travel.
+    Not the user's directory, which may hold anything. Beside it the overrides: what `--set` was given, and where the data
+    lies there. Without a run, the packages only. Raises ConfigError when the data is too large to travel.
     """
     with tempfile.TemporaryDirectory(prefix="loray-stage-") as name:
         stage = Path(name)
@@ -196,7 +244,7 @@ def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
                 f"the run file's local data makes {size / 2**20:.0f} MiB to send, Ray takes at most 100 MiB. "
                 "Put the data on shared storage (s3://...) and name it there."
             )
-        yield stage, [part for override in overrides for part in ("--set", override)]
+        yield stage, overrides
 
 
 def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
@@ -214,3 +262,9 @@ def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
         travelling = Path("data") / f"{key.split('.')[-1]}-{source.name}"
         shutil.copyfile(source, stage / travelling)
         yield f"{key}={json.dumps(str(travelling))}"
+    method = resolved.config.method
+    adapter = Path(method.init_from).expanduser() if isinstance(method, LoraBlock) and method.init_from else None
+    if adapter is not None and adapter.is_dir():
+        travelling = Path("data") / f"init_from-{adapter.resolve().name}"
+        shutil.copytree(adapter, stage / travelling)
+        yield f"method.init_from={json.dumps(str(travelling))}"

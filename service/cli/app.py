@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from typing import Annotated
 
 import typer
@@ -34,16 +35,23 @@ Address = Annotated[str | None, typer.Option(help="a Ray dashboard, http://host:
 
 
 @app.command()
-def plan(run_file: RunFile, overrides: Overrides = [], json: Json = False) -> None:  # noqa: B006 - typer copies it
-    """Show what a run would do: config, data card, steps, parameters, bytes per worker. Trains nothing."""
+def plan(
+    run_file: RunFile,
+    overrides: Overrides = [],  # noqa: B006 - typer copies it
+    probe: Annotated[
+        bool, typer.Option("--probe", help="make two real steps, and tell time and memory by them")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show what a run would do: config, data card, steps, parameters, memory per worker, time, advice. Trains nothing."""
     from service.config import load_run
     from service.settings import load_settings
 
     resolved, settings = load_run(run_file, overrides), load_settings()  # a typo is told before torch is imported
     from service.cli.planned import plan_tables
-    from service.training.plan import make_run_plan
+    from service.training.plan import detailed, make_run_plan
 
-    run_plan = make_run_plan(resolved, settings)
+    run_plan = detailed(make_run_plan(resolved, settings), resolved, settings, probe=probe)
     if json:
         print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json()})
         return
@@ -53,23 +61,38 @@ def plan(run_file: RunFile, overrides: Overrides = [], json: Json = False) -> No
 
 @app.command()
 def train(
-    run_file: Annotated[str, typer.Argument(help="a YAML run file; with --resume a run's id, or latest")],
+    context: typer.Context,
+    run_file: Annotated[str | None, typer.Argument(help="a YAML run file", metavar="RUN.YAML")] = None,
     overrides: Overrides = [],  # noqa: B006 - typer copies it
-    resume: Annotated[bool, typer.Option("--resume", help="go on with a run from its newest checkpoint")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="go on from a run's newest checkpoint: its id, latest, or its run file"),
+    ] = None,
+    no_wait: Annotated[
+        bool,
+        typer.Option("--no-wait", help="fail at once where the cluster has no room, instead of waiting scale.wait_s"),
+    ] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="leave a trace of a few steps in the run")] = False,
     detach: Annotated[bool, typer.Option("-d", "--detach", help="return at once; the run goes on")] = False,
     address: Address = None,
 ) -> None:
-    """Train a run file, here or on a cluster; check and publish the result."""
-    from service.cli import training
+    """Train a run file, or go on with a run, here or on a cluster; check and publish the result.
 
-    if resume and overrides:
-        raise ConfigError("--set cannot go with --resume: a run goes on with its own config. Start a new run instead.")
+    With --resume, --set takes fields of scale, memory, checkpoint, evaluate, stop and publish: the others are the run's own.
+    """
+    from service.cli import training
+    from service.launcher import NO_WAIT
+
+    if (run_file is None) == (resume is None):
+        raise ConfigError("loray train takes a run file or --resume RUN, one of the two. Try: loray train run.yaml")
+    given = (*overrides, NO_WAIT) if no_wait else tuple(overrides)
+    asked = training.Asked(run_file, resume, given, profile, context.obj)
     if address:
-        training.train_on_cluster(run_file, overrides, address, resume=resume, detach=detach)
+        training.train_on_cluster(asked, address, detach=detach)
     elif detach:
-        training.train_detached(run_file, overrides, resume=resume)
+        training.train_detached(asked)
     else:
-        training.train_here(run_file, overrides, resume=resume)
+        training.train_here(asked)
 
 
 @app.command()
@@ -122,6 +145,19 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    address: Address = None,
+    workers: Annotated[int, typer.Option(min=1, help="workers that a run would want")] = 1,
+    json: Json = False,
+) -> None:
+    """Check a cluster before a run: versions, shared storage, disk, memory, room for workers, bandwidth between nodes."""
+    from service.cli.checks import doctor
+
+    if not doctor(address, workers, json=json):
+        raise typer.Exit(1)
+
+
+@app.command()
 def gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be deleted")] = False,
     json: Json = False,
@@ -142,9 +178,10 @@ def gc(
 
 def main() -> None:
     """The console script: loray's own errors become a message and an exit code, everything else is a bug and shows."""
+    asked_at = time.time()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more, and --json is for machines
     try:
-        app()
+        app(obj=asked_at)
     except LorayError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2 if isinstance(error, (ValueError, LookupError)) else 1)

@@ -1,7 +1,9 @@
-"""`loray models ...`: the registry's versions and aliases. What they mean is in `service/registry.py`."""
+"""`loray models ...`: the registry's versions and aliases (`service/registry.py`), and merging (`service/merging.py`)."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import Annotated
 
 import typer
@@ -12,7 +14,7 @@ from service.errors import ConfigError
 from service.registry import Registry
 from service.settings import load_settings
 
-app = typer.Typer(help="List, show, alias and delete published models.", no_args_is_help=True)
+app = typer.Typer(help="List, show, alias, delete and merge published models.", no_args_is_help=True)
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON for machines")]
 
@@ -51,11 +53,42 @@ def show(model: str, json: Json = False) -> None:
     console.print(
         f"[bold]{manifest.ref}[/]  {manifest.kind}, sha256 {manifest.digest}", highlight=False, soft_wrap=True
     )
-    fields = manifest.model_dump(mode="json", exclude={"ref", "kind", "digest", "config", "files", "manifest_schema"})
+    hidden = {"ref", "kind", "digest", "config", "files", "manifest_schema"}
+    hidden |= {"rank", "alpha"} if manifest.kind == "full" else set()
+    hidden |= {"merged_from"} if manifest.merged_from is None else set()
+    fields = manifest.model_dump(mode="json", exclude=hidden)
     for name, value in fields.items():
         say(f"  {name}: {value}")
     for name, entry in manifest.files.items():
         console.print(f"  {name}: {entry.bytes:,} bytes", highlight=False)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="a published adapter, for example tickets@3")],
+    publish: Annotated[str, typer.Option(metavar="NAME", help="the full model's name, for example tickets-merged")],
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="refuse if the mean KL(adapter || merged), in nats per token, is over this; unless given 0.001, or 0.01 "
+            "and 0.2 for an adapter trained on a base in 8 and 4 bits",
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="rows to compare on; else the data of the adapter's run")] = None,
+    json: Json = False,
+) -> None:
+    """Merge an adapter into its base, and publish the full model if it answers the same."""
+    from service import merging
+
+    ref, settings = ModelRef.parse(model), load_settings()
+    with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed's log, where it is installed, goes to standard output
+        manifest = merging.merge(ref, publish, settings, max_kl=max_kl, data=data)
+    if json:
+        print_json(manifest.model_dump(mode="json"))
+        return
+    for line in merging.summary(manifest):
+        say(line)
 
 
 @app.command()

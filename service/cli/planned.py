@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from rich.table import Table
 
 from service.config import ResolvedRun, leaves
@@ -10,7 +12,7 @@ from service.training.plan import RunPlan
 
 
 def plan_tables(resolved: ResolvedRun, plan: RunPlan) -> list[Table]:
-    """The resolved config with sources, the data cards, and what the run would take."""
+    """The resolved config with sources, the data cards, what the run would take, memory by part, and advice."""
     config = Table("field", "value", "source", title="config")
     for name, value in leaves(resolved.config.model_dump(mode="json", by_alias=True)):
         config.add_row(name, str(value), resolved.sources[name])
@@ -19,9 +21,9 @@ def plan_tables(resolved: ResolvedRun, plan: RunPlan) -> list[Table]:
         if card:
             data.add_row(*_data_row(card))
     figures = Table("figure", "value", title="run")
-    for name, shown in _figures(plan).items():
+    for name, shown in _figures(plan):
         figures.add_row(name, shown)
-    return [config, data, figures]
+    return [config, data, figures, *_memory(plan), *_advice(plan)]
 
 
 def _data_row(card: DataCard) -> list[str]:
@@ -30,19 +32,65 @@ def _data_row(card: DataCard) -> list[str]:
     return [card.source, *counts, str(card.rows_dropped)]
 
 
-def _figures(plan: RunPlan) -> dict[str, str]:
+def _figures(plan: RunPlan) -> Iterator[tuple[str, str]]:
     share = plan.trainable_parameters / plan.total_parameters
-    parts = {
-        "frozen weights": plan.frozen_weight_bytes,
-        "trainable weights": plan.trainable_weight_bytes,
-        "gradients": plan.gradient_bytes,
-        "optimizer": plan.optimizer_bytes,
-    }
-    return {
-        "base model": f"{plan.base.name} (sha256 {plan.base.digest[:12]})",
-        "steps": f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch), micro-batch {plan.micro_rows} rows",
-        "tokens read": f"{plan.total_tokens:,}",
-        "trainable parameters": f"{plan.trainable_parameters:,} of {plan.total_parameters:,} ({share:.2%})",
-        **{f"bytes per worker, {name}": f"{size / 2**20:,.1f} MiB" for name, size in parts.items()},
-        "bytes per worker, activations": "not estimated",
-    }
+    trained = f"{plan.supervised_tokens:,} trained on, {plan.supervised_tokens / plan.total_tokens:.0%}"
+    yield "base model", f"{plan.base.name} (sha256 {plan.base.digest[:12]})"
+    yield "steps", f"{plan.num_steps:,} ({plan.steps_per_epoch:,} an epoch)"
+    yield "tokens read", f"{plan.total_tokens:,} ({trained})"
+    yield "trainable parameters", f"{plan.trainable_parameters:,} of {plan.total_parameters:,} ({share:.2%})"
+    yield from _time(plan)
+
+
+def _time(plan: RunPlan) -> Iterator[tuple[str, str]]:
+    if plan.time is None:
+        yield "time", "not measured: loray plan --probe makes two real steps and says"
+        return
+    training = f"{_duration(plan.time.training_s)} ({plan.time.seconds_per_step:.3g} s a step)"
+    evaluating = f", and {_duration(plan.time.evaluation_s)} for evaluation" if plan.time.evaluation_s else ""
+    yield "time of training", training + evaluating
+    yield "time, source", plan.time.source
+    if plan.probe:
+        yield "time to load", f"{_duration(plan.probe.load_s)} in the probe"
+
+
+def _memory(plan: RunPlan) -> Iterator[Table]:
+    if plan.memory is None:
+        return
+    memory = plan.memory
+    micro = f"{memory.sequences} x {memory.tokens} tokens, {memory.supervised} trained on"
+    title = f"memory per worker, on {memory.device}, above what its libraries take"
+    kept = (
+        ""
+        if memory.device != "cpu"
+        else "\nCPU workers keep freed memory for speed: they grow beyond this, seen 1.1 to 2.2 times"
+    )
+    table = Table("part", "bytes", title=title, caption=f"at the largest micro-batch: {micro}{kept}", min_width=90)
+    for part, size in memory.parts.items():
+        table.add_row(part, _size(size))
+    for phase, size in memory.peaks.items():
+        table.add_row(f"peak: {phase}", _size(size))
+    if memory.device != "cpu":
+        table.add_row("in host memory: what checkpoints are written from", _size(memory.host_bytes))
+    if plan.probe:
+        table.add_row("measured by the probe, in one worker", _size(plan.probe.peak_bytes))
+        table.add_row("process with its libraries, beside it", _size(plan.probe.libraries_bytes))
+    yield table
+
+
+def _advice(plan: RunPlan) -> Iterator[Table]:
+    if plan.advice:
+        table = Table("advice", show_lines=True)
+        for line in plan.advice:
+            table.add_row(line)
+        yield table
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 6000 else f"{seconds / 3600:.3g} h"

@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from service import launcher
@@ -23,45 +23,55 @@ ENDED = (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED, RunState.LOST)
 TELL_EVERY_S = 30.0
 
 
-def train_here(run_file: str, overrides: Sequence[str], *, resume: bool) -> None:
+@dataclass(frozen=True)
+class Asked:
+    """What `loray train` was asked for: a run file, or a run to go on with. `asked_at` in seconds since the epoch."""
+
+    run_file: str | None
+    resume: str | None
+    overrides: tuple[str, ...]
+    profile: bool
+    asked_at: float
+
+
+def train_here(asked: Asked) -> None:
     """Train in this process, on the cluster of RAY_ADDRESS or a Ray of its own."""
     settings = load_settings()
-    resolved, run = _resolved(run_file, overrides, settings, resume=resume)
+    resolved, run = _resolved(asked, settings)
     from service.training.driver import train_run
 
-    train_run(resolved, settings, console, resume=run)
+    train_run(resolved, settings, console, resume=run, profile=asked.profile, asked_at=asked.asked_at)
 
 
-def train_detached(run_file: str, overrides: Sequence[str], *, resume: bool) -> None:
+def train_detached(asked: Asked) -> None:
     """Start `python -m jobs.train` in a session of its own, wait until its run exists, and say how to follow it."""
     settings = load_settings()
-    resolved, run = _resolved(run_file, overrides, settings, resume=resume)
-    from service.training.driver import run_name
-
-    run_id = run.id if run else new_id(settings.home, run_name(resolved))
-    sets = [part for override in overrides for part in ("--set", override)]
-    what = ["--resume", run_id] if run else [run_file, *sets, "--run-id", run_id]
+    resolved, run = _resolved(asked, settings)
+    run_id = _run_id(resolved, run, settings)
+    command = launcher.train_command(
+        run_id, asked.overrides, run_file=asked.run_file, profile=asked.profile, asked_at=asked.asked_at
+    )
     log = settings.cache / "runs" / run_id / "driver.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
         process = subprocess.Popen(
-            [sys.executable, "-m", "jobs.train", *what], stdout=out, stderr=out, stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
+            [sys.executable, *command], stdout=out, stderr=out, stdin=subprocess.DEVNULL, start_new_session=True
+        )
     _await_start(Run(settings.home, run_id), process, log)
     say(f"Run {run_id} goes on in process {process.pid}; it prints to {log}")
     console.print(f"Follow it: loray runs attach {run_id}    Stop it: loray runs stop {run_id}", highlight=False)
 
 
-def train_on_cluster(run_file: str, overrides: Sequence[str], address: str, *, resume: bool, detach: bool) -> None:
+def train_on_cluster(asked: Asked, address: str, *, detach: bool) -> None:
     """Submit the run as a Ray job and follow its log; Ctrl-C detaches."""
     settings = load_settings()
-    resolved, run = _resolved(run_file, overrides, settings, resume=resume)
-    from service.training.driver import run_name
-
-    run_id = run.id if run else new_id(settings.home, run_name(resolved))
+    resolved, run = _resolved(asked, settings)
+    run_id = _run_id(resolved, run, settings)
     env_vars = {name: os.environ[name] for name in FORWARDED if name in os.environ}
-    launcher.submit(resolved, run_id, address, env_vars, resume=resume)
+    launcher.submit(
+        None if run else resolved, run_id, address, env_vars,
+        overrides=asked.overrides if run else (), profile=asked.profile, asked_at=asked.asked_at,
+    )  # fmt: skip
     console.print(f"Submitted run {run_id} to {address}", highlight=False)
     if detach:
         console.print(f"Follow it: {_attach_command(run_id, address)}", highlight=False)
@@ -101,17 +111,22 @@ def follow_run(run: Run) -> None:
     console.print(f"Run {run.id} {status.state}. {status.message}", highlight=False, soft_wrap=True)
 
 
-def _resolved(
-    run_file: str, overrides: Sequence[str], settings: Settings, *, resume: bool
-) -> tuple[ResolvedRun, Run | None]:
-    """The config to train: from the file, or with `resume` from the run (an id, latest, or the file it was made from)."""
-    if not resume:
-        return load_run(run_file, overrides), None
+def _resolved(asked: Asked, settings: Settings) -> tuple[ResolvedRun, Run | None]:
+    """The config to train: from the file, or from the run that goes on (an id, latest, or the file it was made from)."""
+    if asked.run_file is not None:
+        return load_run(asked.run_file, asked.overrides), None
     from service.training.driver import newest_run_of, reopen
 
-    run_id = newest_run_of(settings.home, run_file) if Path(run_file).is_file() else run_file
+    assert asked.resume is not None, "app.py demands one of the two"
+    run_id = newest_run_of(settings.home, asked.resume) if Path(asked.resume).is_file() else asked.resume
     run = reopen(settings.home, run_id)
-    return run_from_json(run.resolved(), run.run_yaml()), run
+    return run_from_json(run.resolved(), run.run_yaml(), asked.overrides), run
+
+
+def _run_id(resolved: ResolvedRun, run: Run | None, settings: Settings) -> str:
+    from service.training.driver import run_name
+
+    return run.id if run else new_id(settings.home, run_name(resolved))
 
 
 def _await_start(run: Run, process: subprocess.Popen[bytes], log: Path) -> None:

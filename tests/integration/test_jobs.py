@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,70 +17,11 @@ import yaml
 from service import storage
 from service.domain import ModelRef, RunState
 from service.registry import Registry
-from service.runs import Run, list_runs
-from service.settings import Settings
-from tests.integration import small_runs, waiting
+from service.runs import list_runs
+from service.training.checkpoint import newest_step
+from tests.integration.place import DEADLINE_S, ROOT, SCRIPTS, Place, base, losses, place, wait_until
 
-DEADLINE_S = 240.0
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = Path(sys.executable).parent
-
-
-@dataclass
-class Place:
-    """A cluster, a home of its own, and a run file for two workers."""
-
-    dashboard: str
-    settings: Settings
-    environment: dict[str, str]
-    run_file: Path
-
-    def run(self, *command: str, expect: int = 0, without: tuple[str, ...] = ()) -> str:
-        environment = {name: value for name, value in self.environment.items() if name not in without}
-        done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False
-        )
-        output = done.stdout + done.stderr
-        assert done.returncode == expect, f"{command} ended with {done.returncode}:\n{output[-3000:]}"
-        return output
-
-    def train(self, *arguments: str, expect: int = 0) -> str:
-        return self.run(sys.executable, "-m", "jobs.train", *arguments, expect=expect)
-
-    def loray(self, *arguments: str, expect: int = 0) -> str:
-        return self.run(str(SCRIPTS / "loray"), *arguments, expect=expect)
-
-    def newest(self) -> Run:
-        return list_runs(self.settings.home)[-1]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_runs.small_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def place(base: Path, ray_cluster: str, ray_dashboard: str, tmp_path: Path) -> Place:
-    run_file = small_runs.write_run_file(
-        tmp_path / "run", base, scale={"workers": 2}, publish="small", checkpoint={"every": {"steps": 2}}
-    )
-    settings = Settings(str(tmp_path / "home"), tmp_path / "cache")
-    environment = {
-        **os.environ,
-        "LORAY_HOME": settings.home,
-        "LORAY_CACHE": str(settings.cache),
-        "RAY_ADDRESS": ray_cluster,
-        "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
-    }
-    return Place(ray_dashboard, settings, environment, run_file)
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    waiting.wait_until(condition, what, DEADLINE_S, every_s=0.02)
-
-
-def losses(run: Run) -> list[float]:
-    return [row["train/loss"] for row in run.metrics() if "train/loss" in row]
+__all__ = ["base", "place"]  # fixtures
 
 
 def test_a_killed_trainer_resumes_to_the_same_losses_and_model_as_one_never_killed(place: Place) -> None:
@@ -96,10 +35,10 @@ def test_a_killed_trainer_resumes_to_the_same_losses_and_model_as_one_never_kill
     )  # fmt: skip
     wait_until(lambda: len(list_runs(place.settings.home)) == 2, "the second run exists")
     killed = place.newest()
-    wait_until(lambda: len(storage.list_names(killed.path("checkpoints"))) >= 2, "it has checkpoints")
+    wait_until(lambda: (newest_step(killed.uri) or 0) >= 4, "it has checkpoints")
     process.send_signal(signal.SIGKILL)
     process.wait()
-    checkpoint = int(storage.list_names(killed.path("checkpoints"))[-1])
+    checkpoint = newest_step(killed.uri) or 0
     assert checkpoint < 160, "the run ended before it could be killed"
     assert not storage.list_names(killed.path("model"))
     place.train("--resume", killed.id)
@@ -205,7 +144,7 @@ def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place) -> Non
     place.loray("runs", "attach", "latest")
     status = run.status()
     assert (status.state, status.message) == (RunState.STOPPED, "enough")
-    newest = int(storage.list_names(run.path("checkpoints"))[-1])
+    newest = newest_step(run.uri)
     assert newest == status.step == len(losses(run))  # not one step is lost
     resolved = run.resolved()
     assert resolved["sources"]["optim.epochs"] == "--set"
@@ -262,7 +201,11 @@ def test_wrong_input_exits_2_with_its_reason_and_leaves_no_run(
         assert not Registry(place.settings.home).models()
 
 
-def test_more_workers_than_the_cluster_has_is_an_error_not_a_wait(place: Place) -> None:
-    output = place.train(str(place.run_file), "--set", "scale.workers=64", expect=1)
-    assert "scale.workers is 64, the cluster has 4 CPUs" in output
+def test_a_run_that_wants_more_than_the_cluster_has_says_what_is_missing_and_does_not_wait_for_ever(
+    place: Place,
+) -> None:
+    output = place.train(str(place.run_file), "--set", "scale.workers=64", "--no-wait", expect=1)
+    assert "64 worker(s) with 1 CPU each are wanted" in output and "4 of 4 CPU free" in output
     assert place.newest().status().state is RunState.FAILED
+    output = place.train(str(place.run_file), "--set", "scale.workers=64", "--set", "scale.wait_s=2", expect=1)
+    assert "Waiting, 2 s more at most" in output

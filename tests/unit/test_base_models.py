@@ -10,13 +10,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from service import storage
 from service.base_models import BUNDLED, resolve_base_model
-from service.errors import ModelError, StorageError
+from service.errors import ModelError, NotFoundError, StorageError
+from service.registry import ManifestDraft, Registry
 from tests.integration.tiny import save_base
 
 pytest_plugins = ("tests.s3_endpoint",)
@@ -183,6 +185,50 @@ def test_what_was_fetched_once_is_not_fetched_again(base: Path, cache: Path, s3_
 
 def test_an_empty_prefix_is_refused(s3_home: str, cache: Path) -> None:
     assert "Check bucket and prefix" in _refused(storage.join(s3_home, "nothing"), cache)
+
+
+def test_a_published_full_model_is_a_base_model(base: Path, cache: Path, home: str) -> None:
+    published = Registry(home).publish("tickets-merged", base, _draft("full"))
+    found = resolve_base_model("tickets-merged@1", cache, home=home)
+    assert found.path == cache / "base_models" / published.digest and found.name == "tickets-merged@1"
+    assert found.digest == resolve_base_model(str(base), cache).digest
+    _change_one_weight(found.path)
+    with pytest.raises(ModelError, match=r"model\.safetensors in .* is not what was published"):
+        resolve_base_model("tickets-merged@1", cache, home=home)
+
+
+def test_the_environment_says_where_published_models_are(
+    base: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Registry(str(tmp_path / "home")).publish("search/merged", base, _draft("full"))
+    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
+    assert resolve_base_model("search/merged@1", cache).digest == resolve_base_model(str(base), cache).digest
+
+
+def test_a_published_model_that_cannot_be_a_base_is_refused_with_what_to_write(
+    base: Path, cache: Path, tmp_path: Path
+) -> None:
+    home, adapter = str(tmp_path / "home"), tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
+    registry = Registry(home)
+    registry.publish("tickets", adapter, _draft("adapter"))
+    registry.publish("merged", base, _draft("full"))
+    registry.set_alias("merged", "production", 1)
+    with pytest.raises(
+        ModelError, match=r"is an adapter on b\. .*loray models merge tickets@1 --publish tickets-merged"
+    ):
+        resolve_base_model("tickets@1", cache, home=home)
+    with pytest.raises(ModelError, match=r"is an alias, which may move .* Write merged@1\."):
+        resolve_base_model("merged@production", cache, home=home)
+    with pytest.raises(NotFoundError, match="Versions of merged: 1"):
+        resolve_base_model("merged@2", cache, home=home)
+
+
+def _draft(kind: Literal["adapter", "full"]) -> ManifestDraft:
+    facts: dict[str, Any] = {"rank": 4, "alpha": 8.0} if kind == "adapter" else {}
+    return ManifestDraft(kind=kind, base_model="b", base_digest="00", renderer_digest="11", **facts)
 
 
 def test_a_process_killed_while_fetching_leaves_no_model_and_the_next_one_succeeds(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,18 @@ import pytest
 
 from service import storage
 from service.cli.app import main
+from service.config import load_run
+from service.data import planner, prepare
 from service.domain import ModelRef, RunState
 from service.errors import NotFoundError
+from service.logs import LogWriter
 from service.registry import ManifestDraft, Registry
+from service.render import load_renderer
 from service.runs import Run
+from service.training import stacks
+from service.training.ranklog import RankLog
+from service.training.watch import Watch
+from tests.integration.tiny import save_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFT = ManifestDraft(base_model="b", base_digest="00", renderer_digest="11", rank=4, alpha=8)
@@ -101,7 +110,7 @@ def test_a_models_manifest_is_shown_under_its_alias(loray: Loray, home: str, tmp
 
 def test_an_unknown_run_exits_with_2_and_names_the_nearest(loray: Loray, home: str) -> None:
     run = _run(home)
-    for command in ("show", "logs", "metrics", "ledger", "attach", "stop"):
+    for command in ("show", "logs", "metrics", "ledger", "stacks", "attach", "stop"):
         done = loray("runs", command, "20260101-000000-tickets-0a1c")
         assert done.code == 2 and f"the nearest is {run.id}" in done.err and "loray runs list" in done.err
         assert done.out == ""
@@ -125,14 +134,108 @@ def test_stop_asks_a_run_and_refuses_one_that_has_ended(loray: Loray, home: str)
     assert done.code == 1 and "stopped" in done.err
 
 
+def test_show_tells_what_has_happened_and_when(loray: Loray, home: str) -> None:
+    run = _run(home)
+    with LogWriter(run.path("events"), "a1-r0") as events:
+        events.append({"time": 1700000000.0, "kind": "ready", "text": "3.0 s: load the model 2.0 [bold]"})
+        events.append({"time": 1700000001.0, "kind": "started", "workers": 2})
+    shown = loray("runs", "show", "latest").out
+    assert "2023-11-14 22:13:20 UTC  ready: 3.0 s: load the model 2.0 [bold]" in shown
+    assert "2023-11-14 22:13:21 UTC  started  workers: 2" in shown
+
+
+def test_logs_are_printed_attempt_by_attempt_and_part_by_part(loray: Loray, home: str) -> None:
+    run = _run(home)
+    assert "No log yet" in loray("runs", "logs", "latest").out
+    names = ["a2-rank-00000.log", "a2-rank-00000.part-0001.log", "a2-rank-00001.log", "a10-rank-00000.log"]
+    for name in (*reversed(names), "stacks-a2-rank-00000-stall.txt"):
+        storage.write_bytes(run.path("logs", name), f"in {name}\n".encode())
+    lines = loray("runs", "logs", "latest").out.splitlines()
+    assert lines == [line for name in names for line in (f"--- {name}", f"in {name}")]
+
+
+def _hang_until(run: Run, let_go: threading.Event) -> None:
+    log = RankLog(run, 0, 1)
+    watch = Watch(run, 0, 1, log, (), stall_s=3600.0, retry_s=60.0)
+    watch.moved("step 3")
+    let_go.wait()
+    watch.close()
+    log.close()
+
+
+def test_the_stacks_of_a_running_run_are_asked_for_and_the_silent_workers_named(loray: Loray, home: str) -> None:
+    run, let_go = _run(home), threading.Event()
+    run.set_state(RunState.RUNNING, workers=1, attempt=1)
+    worker = threading.Thread(target=_hang_until, args=(run, let_go), name="training")
+    worker.start()
+    try:
+        done = loray("runs", "stacks", "latest", "--json")
+        run.heartbeat(workers=2)
+        partly = loray("runs", "stacks", "latest", "--timeout", "3")
+    finally:
+        let_go.set()
+        worker.join()
+    answer = json.loads(done.out)
+    assert done.code == 0 and answer["missing"] == [] and answer["run"] == run.id
+    assert [(s["rank"], s["id"]) for s in answer["stacks"]] == [(0, answer["request"])]
+    assert "_hang_until" in answer["stacks"][0]["text"] and "doing: step 3" in answer["stacks"][0]["text"]
+    assert partly.code == 1 and "--- worker 0, attempt 1" in partly.out and "No answer from worker(s) 1" in partly.err
+    assert stacks.requested(run) is None
+
+
+def test_the_stacks_of_a_run_that_has_ended_are_those_it_left(loray: Loray, home: str) -> None:
+    run = _run(home)
+    done = loray("runs", "stacks", "latest")
+    assert done.code == 0 and "is created and left no stacks" in done.out
+    storage.write_bytes(stacks.uri(run, 1, 0, "stall"), b"worker 0, attempt 1: pid 1")
+    assert "--- worker 0, attempt 1, stall\nworker 0, attempt 1: pid 1" in loray("runs", "stacks", "latest").out
+    run.set_state(RunState.RUNNING, workers=1)
+    silent = loray("runs", "stacks", "latest", "--timeout", "0.3")
+    assert silent.code == 1 and "pid 1" in silent.out and "No answer from worker(s) 0" in silent.err
+
+
+def _prepared_run(home: str) -> Run:
+    """A running run over three rows in steps of one, with the first two steps in its ledger."""
+    Path("run.yaml").write_text("model: base\ndata: {train: rows.jsonl}\noptim: {batch: {rows: 1}}\n")
+    Path("rows.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 3)
+    resolved = load_run("run.yaml")
+    run = Run.create(home, "tickets", resolved.text, resolved.as_json())
+    save_tokenizer(Path("tokenizer"))
+    card = prepare.prepare(
+        str(Path("rows.jsonl").absolute()), load_renderer(Path("tokenizer")), home=home, seq_len=1024, over_long="error"
+    )
+    run.set_state(RunState.RUNNING, train_digest=card.digest)
+    plan = planner.make_plan([2, 2, 2], resolved.config.optim.batch, capacity=1024, epochs=1, seed=0, max_steps=None)
+    with LogWriter(run.path("ledger"), "a1-r0") as log:
+        for step in (1, 2):
+            log.append({"step": step, "ids": [int(row) + 1 for row in plan.rows(step - 1)]})
+    return run
+
+
+def test_the_ledger_is_checked_against_the_plan(loray: Loray, home: str) -> None:
+    run = _prepared_run(home)
+    done = loray("runs", "ledger", "latest", "--check")
+    assert (done.code, done.out) == (0, "ledger: 2 steps, 2 draws, each exactly once\n")
+    assert json.loads(loray("runs", "ledger", "latest", "--check", "--json").out) == {
+        "run": run.id, "ok": True, "steps": 2, "draws": 2, "unsettled": [], "differences": [],
+    }  # fmt: skip
+    with LogWriter(run.path("ledger"), "a1-r1") as log:
+        log.append({"step": 2, "ids": run.ledger()[1]["ids"]})
+    done = loray("runs", "ledger", "latest", "--check")
+    assert done.code == 1 and "step 2: drawn twice [" in done.out
+    assert json.loads(loray("runs", "ledger", "latest", "--check", "--json").out)["ok"] is False
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("plan", "absent.yaml"),
         ("train", "absent.yaml"),
         ("serve", "absent.yaml"),
-        ("train", "20260101-000000-none-0a1b", "--resume"),
-        ("train", "run.yaml", "--resume", "--set", "seed=1"),
+        ("train",),
+        ("train", "run.yaml", "--resume", "latest"),
+        ("train", "--resume", "20260101-000000-none-0a1b"),
+        ("train", "--resume", "latest", "-d", "--no-wait", "--profile"),
         ("runs", "show", "latest"),
         ("models", "show", "absent@1"),
         ("models", "show", "Not A Name"),
@@ -158,6 +261,18 @@ def test_plan_names_every_problem_of_a_run_file(loray: Loray) -> None:
     assert done.code == 2
     for problem in ("data: missing", "optim.lrr: unknown key. Did you mean optim.lr?", "optim.epochs"):
         assert problem in done.err
+
+
+def test_resuming_with_what_would_change_the_run_exits_with_2_and_names_every_field(loray: Loray, home: str) -> None:
+    Path("run.yaml").write_text("model: base\ndata: {train: rows.jsonl}\n")
+    resolved = load_run("run.yaml")
+    run = Run.create(home, "tickets", resolved.text, resolved.as_json())
+    for resume in (run.id, "latest", "run.yaml"):
+        done = loray("train", "--resume", resume, "--set", "method.r=4", "--set", "scale.strategy=zero9", "--no-wait")
+        assert done.code == 2 and "2 problems" in done.err
+        assert "method.r: the run has 16, asked for 4" in done.err
+        assert "scale.strategy: must be 'ddp', 'zero1', 'zero2' or 'zero3', not 'zero9'" in done.err
+    assert run.status().state is RunState.CREATED
 
 
 def test_deleting_is_refused_while_an_alias_points_there(loray: Loray, home: str, tmp_path: Path) -> None:

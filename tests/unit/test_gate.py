@@ -1,32 +1,33 @@
-"""The gate: an adapter passes when it computes what the trainer computed, and every other one is refused with the reason."""
+"""The gate: a model passes when it computes what the trainer computed, and every other one is refused with the reason."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
-from service.config import LoraBlock
-from service.errors import GateError
-from service.training.gate import Probe, check, run_gate
-from service.training.methods.lora import apply_lora, save_adapter
-from service.training.objectives.sft import SupervisedLoss, collate
+from service.training.gate import GateJob, GateReport, Probe, check
+from service.training.saved_weights import WeightDigests
 from tests.integration.tiny import save_base
+from tests.integration.trained import base_with, edit_json, leave_adapter, leave_full
 
 # PEFT 0.21 asks transformers 5.23 for an attribute by its old name.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
+in_float32 = pytest.mark.parametrize("precision", ["fp32"], indirect=True)  # where precision makes no difference
+Kind = Literal["adapter", "full"]
 Tensors = dict[str, torch.Tensor]
+Trained = tuple[Path, Probe]
 LAYER_0 = "base_model.model.model.layers.0.self_attn.q_proj"
+Q_0, Q_1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
 NUM_LINEARS = 14  # seven in each of two layers
+NUM_TENSORS = 21  # with two norms a layer, the last norm, embedding and head
 
 
 @pytest.fixture(scope="module")
@@ -42,134 +43,235 @@ def precision(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path, precision: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Probe]:
-    """What the trainer leaves: its saved adapter, and what it computed with it."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    model = apply_lora(
-        AutoModelForCausalLM.from_pretrained(base, dtype=dtype), LoraBlock(type="lora", r=4), seed=3
-    ).eval()
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+def adapter(base: Path, precision: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A trained LoRA as it was saved, and its probe."""
     directory = tmp_path_factory.mktemp("adapter")
-    save_adapter(model, directory, "base")
-    draw = np.random.Generator(np.random.PCG64(4))
-    examples = [
-        (draw.integers(0, 90, n, dtype=np.int32), (np.arange(n) > n // 3).astype(np.uint8)) for n in (12, 20, 7)
-    ]
-    objective = SupervisedLoss(model)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-        together = objective.log_probs(collate(examples, torch.device("cpu")))
-        alone = torch.cat([objective.log_probs(collate([example], torch.device("cpu"))) for example in examples])
-    rows = [(ids.tolist(), mask.tolist()) for ids, mask in examples]
-    return directory, Probe(rows, together.tolist(), float((together - alone).abs().max()))
+    return directory, leave_adapter(base, directory, precision)
 
 
-def _reasons(
-    trained: tuple[Path, Probe], base: Path, precision: str, copy: Path, change: Callable[[Tensors], Any]
-) -> str:
-    """What the gate says of a copy of the adapter whose tensors were changed."""
-    shutil.copytree(trained[0], copy)
-    tensors = load_file(copy / "adapter_model.safetensors")
+@pytest.fixture(scope="module")
+def full(base: Path, precision: str, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A model trained in full as it was saved, in several shards, and its probe."""
+    directory = tmp_path_factory.mktemp("full")
+    return directory, leave_full(base, directory, precision, shard="100KB")
+
+
+def _check(
+    kind: Kind, model: Path, base: Path, probe: Probe, precision: str, start: Path | None = None
+) -> tuple[GateReport | None, str]:
+    job = GateJob(str(model), str(base), kind, precision, probe, started_from=str(start) if start else None)
+    report, reasons = check(job)
+    return report, " ".join(reasons)
+
+
+def _changed(source: Path, copy: Path, change: Callable[[Tensors], Any]) -> Path:
+    """A copy whose tensors were changed, in one file."""
+    shutil.copytree(source, copy)
+    files = sorted(copy.glob("*.safetensors"))
+    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     change(tensors)
-    save_file(tensors, copy / "adapter_model.safetensors")
-    return " ".join(check(copy, base, trained[1], precision)[1])
+    for file in [*files, *copy.glob("*.index.json")]:
+        file.unlink()
+    name = "adapter_model.safetensors" if (copy / "adapter_config.json").exists() else "model.safetensors"
+    save_file(tensors, copy / name, metadata={"format": "pt"})
+    return copy
 
 
-def test_what_was_trained_passes_with_its_figures(trained: tuple[Path, Probe], base: Path, precision: str) -> None:
-    report, reasons = check(trained[0], base, trained[1], precision)
-    assert report is not None and reasons == []
+def test_a_trained_adapter_passes_with_its_figures(adapter: Trained, base: Path, precision: str) -> None:
+    report, reasons = _check("adapter", adapter[0], base, adapter[1], precision)
+    assert report is not None and reasons == ""
     assert report.alive == report.total == NUM_LINEARS
     assert report.largest_difference <= report.tolerance < report.change_from_base
 
 
-def test_a_zero_update_is_named(trained: tuple[Path, Probe], base: Path, precision: str, tmp_path: Path) -> None:
-    said = _reasons(trained, base, precision, tmp_path / "x", lambda t: t[f"{LAYER_0}.lora_B.weight"].zero_())
-    assert f"1 of {NUM_LINEARS} updates are zero: {LAYER_0}" in said
+def test_a_trained_model_passes_with_its_figures(full: Trained, base: Path, precision: str) -> None:
+    assert len(list(full[0].glob("*.safetensors"))) > 1
+    report, reasons = _check("full", full[0], base, full[1], precision)
+    assert report is not None and reasons == ""
+    assert report.alive == report.total == NUM_TENSORS
+    assert (report.rounded_away, report.uncompared) == (0, 0)
+    assert report.largest_difference <= report.tolerance < report.change_from_base
 
 
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_float16_passes(base: Path, tmp_path: Path, kind: Kind) -> None:
+    leave = leave_adapter if kind == "adapter" else leave_full
+    report, reasons = _check(kind, tmp_path / "x", base, leave(base, tmp_path / "x", "fp16"), "fp16")
+    assert report is not None and reasons == ""
+    assert report.largest_difference <= report.tolerance < report.change_from_base
+
+
+@in_float32
+def test_a_zero_update_is_named(adapter: Trained, base: Path, precision: str, tmp_path: Path) -> None:
+    model = _changed(adapter[0], tmp_path / "x", lambda t: t[f"{LAYER_0}.lora_B.weight"].zero_())
+    report, reasons = _check("adapter", model, base, adapter[1], precision)
+    assert f"1 of {NUM_LINEARS} updates are zero: {LAYER_0}" in reasons
+    assert report is not None and report.alive == NUM_LINEARS - 1
+
+
+@in_float32
 def test_an_adapter_that_changes_nothing_is_told_so(
-    trained: tuple[Path, Probe], base: Path, precision: str, tmp_path: Path
+    adapter: Trained, base: Path, precision: str, tmp_path: Path
 ) -> None:
-    said = _reasons(
-        trained, base, precision, tmp_path / "x", lambda t: [v.zero_() for n, v in t.items() if "lora_B" in n]
-    )
-    assert f"{NUM_LINEARS} of {NUM_LINEARS} updates are zero" in said and "changes nothing" in said
+    model = _changed(adapter[0], tmp_path / "x", lambda t: [v.zero_() for n, v in t.items() if "lora_B" in n])
+    _, reasons = _check("adapter", model, base, adapter[1], precision)
+    assert f"{NUM_LINEARS} of {NUM_LINEARS} updates are zero" in reasons and "changed nothing" in reasons
 
 
-@pytest.mark.parametrize(
-    ("value", "said"),
-    [(torch.zeros(0, 4), "1 tensors are empty"), (torch.full((64, 4), torch.nan), "1 tensors are not finite")],
-)
+@in_float32
+def test_a_dead_tensor_of_a_full_model_is_named(full: Trained, base: Path, precision: str, tmp_path: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    model = _changed(full[0], tmp_path / "x", lambda t: t.update({Q_0: before[Q_0].to(t[Q_0].dtype)}))
+    report, reasons = _check("full", model, base, replace(full[1], weights={}), precision)
+    assert f"1 of {NUM_TENSORS} tensors are exactly the base's: {Q_0}." in reasons
+    assert report is not None and report.alive == NUM_TENSORS - 1
+
+
+@in_float32
+def test_the_base_saved_in_place_of_the_model_is_found(
+    full: Trained, base: Path, precision: str, tmp_path: Path
+) -> None:
+    before = load_file(base / "model.safetensors")
+    model = _changed(full[0], tmp_path / "x", lambda t: [t.update({n: before[n].to(v.dtype)}) for n, v in t.items()])
+    _, reasons = _check("full", model, base, replace(full[1], weights={}), precision)
+    assert f"{NUM_TENSORS} of {NUM_TENSORS} tensors are exactly the base's" in reasons
+    assert "the base answers exactly the same" in reasons
+    _, reasons = _check("full", model, base, full[1], precision)
+    assert f"{NUM_TENSORS} of {NUM_TENSORS} tensors are not what the trainer held" in reasons
+
+
+@in_float32
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize(("value", "said"), [("empty", "1 tensors are empty"), ("nan", "1 tensors are not finite")])
 def test_an_empty_or_non_finite_tensor_is_named(
-    trained: tuple[Path, Probe], base: Path, precision: str, tmp_path: Path, value: torch.Tensor, said: str
+    adapter: Trained, full: Trained, base: Path, precision: str, tmp_path: Path, kind: Kind, value: str, said: str
 ) -> None:
-    reasons = _reasons(
-        trained, base, precision, tmp_path / "x", lambda t: t.update({f"{LAYER_0}.lora_B.weight": value})
-    )
-    assert f"{said}: {LAYER_0}.lora_B.weight" in reasons
+    directory, probe = adapter if kind == "adapter" else full
+    name = f"{LAYER_0}.lora_B.weight" if kind == "adapter" else Q_0
+
+    def spoil(tensors: Tensors) -> None:
+        old = tensors[name]
+        tensors[name] = old.new_zeros(0, 4) if value == "empty" else old.index_fill(0, torch.tensor(3), torch.nan)
+
+    report, reasons = _check(kind, _changed(directory, tmp_path / "x", spoil), base, probe, precision)
+    assert report is None and f"{said}: {name}" in reasons
 
 
-def _swap_layers(tensors: Tensors) -> None:
+@in_float32
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+@pytest.mark.parametrize("content", ["no bytes", "no tensors"])
+def test_a_file_without_tensors_is_refused(
+    adapter: Trained, full: Trained, base: Path, precision: str, tmp_path: Path, kind: Kind, content: str
+) -> None:
+    directory, probe = adapter if kind == "adapter" else full
+    model = _changed(directory, tmp_path / "x", lambda tensors: tensors.clear())
+    if content == "no bytes":
+        next(model.glob("*.safetensors")).write_bytes(b"")
+    report, reasons = _check(kind, model, base, probe, precision)
+    assert report is None
+    assert ("no safetensors file that can be read" if content == "no bytes" else "no tensor") in reasons
+
+
+@in_float32
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_a_missing_tensor_is_named(
+    adapter: Trained, full: Trained, base: Path, precision: str, tmp_path: Path, kind: Kind
+) -> None:
+    directory, probe = adapter if kind == "adapter" else full
+    prefix = LAYER_0 if kind == "adapter" else Q_0
+    model = _changed(directory, tmp_path / "x", lambda t: [t.pop(name) for name in list(t) if name.startswith(prefix)])
+    report, reasons = _check(kind, model, base, probe, precision)
+    assert report is None and "cannot be loaded" in reasons and prefix in reasons
+
+
+def _swap_adapter_layers(tensors: Tensors) -> None:
     before = dict(tensors)
+    turned = {".0.": ".1.", ".1.": ".0."}
     for name in before:
-        other = (
-            name.replace("layers.0.", "layers.x.").replace("layers.1.", "layers.0.").replace("layers.x.", "layers.1.")
-        )
-        tensors[name] = before[other]
+        number = next(n for n in turned if f"layers{n}" in name)
+        tensors[name] = before[name.replace(number, turned[number])]
 
 
+def _swap_queries(tensors: Tensors) -> None:
+    tensors[Q_0], tensors[Q_1] = tensors[Q_1], tensors[Q_0]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
 def test_tensors_swapped_between_layers_are_found(
-    trained: tuple[Path, Probe], base: Path, precision: str, tmp_path: Path
+    adapter: Trained, full: Trained, base: Path, precision: str, tmp_path: Path, kind: Kind
 ) -> None:
-    assert "log-probabilities differ by" in _reasons(trained, base, precision, tmp_path / "x", _swap_layers)
+    directory, probe = adapter if kind == "adapter" else full
+    model = _changed(directory, tmp_path / "x", _swap_adapter_layers if kind == "adapter" else _swap_queries)
+    _, reasons = _check(kind, model, base, replace(probe, weights={}), precision)
+    assert "log-probabilities differ by" in reasons
+    if kind == "full":
+        _, reasons = _check(kind, model, base, probe, precision)
+        assert f"2 of {NUM_TENSORS} tensors are not what the trainer held: {Q_0}, {Q_1}." in reasons
 
 
-def test_another_base_is_found(trained: tuple[Path, Probe], precision: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_another_base_is_found(adapter: Trained, full: Trained, precision: str, tmp_path: Path, kind: Kind) -> None:
     other = save_base(tmp_path / "other", seed=1)
-    _, reasons = check(trained[0], other, trained[1], precision)
-    assert "log-probabilities differ by" in " ".join(reasons)
+    directory, probe = adapter if kind == "adapter" else full
+    report, reasons = _check(kind, directory, other, probe, precision)
+    assert report is not None
+    if kind == "adapter":
+        assert "log-probabilities differ by" in reasons
+    else:
+        assert report.change_from_base > 1  # a full model stands alone: the base is only what it must differ from
 
 
-def test_another_alpha_is_found(trained: tuple[Path, Probe], base: Path, precision: str, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(trained[0], tmp_path / "x"))
-    config = json.loads((copy / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] * 2}))
-    assert "log-probabilities differ by" in " ".join(check(copy, base, trained[1], precision)[1])
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_another_configuration_is_found(
+    adapter: Trained, full: Trained, base: Path, precision: str, tmp_path: Path, kind: Kind
+) -> None:
+    directory, probe = adapter if kind == "adapter" else full
+    copy = Path(shutil.copytree(directory, tmp_path / "x"))
+    if kind == "adapter":
+        edit_json(copy / "adapter_config.json", lora_alpha=16)
+    else:
+        edit_json(copy / "config.json", rms_norm_eps=1.0)
+    assert "log-probabilities differ by" in _check(kind, copy, base, probe, precision)[1]
 
 
+@in_float32
 @pytest.mark.parametrize("place", [0, 1, -1])
-def test_a_trainer_that_computed_nan_does_not_pass(
-    trained: tuple[Path, Probe], base: Path, precision: str, place: int
-) -> None:
-    values = list(trained[1].log_probs)
+def test_a_trainer_that_computed_nan_does_not_pass(adapter: Trained, base: Path, precision: str, place: int) -> None:
+    values = list(adapter[1].log_probs)
     values[place] = float("nan")
-    _, reasons = check(trained[0], base, Probe(trained[1].examples, values, trained[1].noise), precision)
-    assert reasons
+    _, reasons = _check("adapter", adapter[0], base, replace(adapter[1], log_probs=values), precision)
+    assert "log-probabilities differ by inf" in reasons
 
 
-@pytest.mark.parametrize("precision", ["fp32"], indirect=True)
-def test_a_fresh_process_gives_the_same_verdict(
-    trained: tuple[Path, Probe], base: Path, precision: str, tmp_path: Path
-) -> None:
-    adapter, probe = trained
-    probe.save(tmp_path / "probe.json")
-    report = run_gate(adapter, base, tmp_path / "probe.json", precision)
-    assert report == check(adapter, base, probe, precision)[0]
+@in_float32
+def test_rounding_alone_is_no_training(full: Trained, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    before = {name: tensor * 1.001 for name, tensor in load_file(base / "model.safetensors").items()}
+    save_file(before, base / "model.safetensors", metadata={"format": "pt"})  # not on bfloat16's grid
+    model = _changed(full[0], tmp_path / "x", lambda t: [t.update({n: before[n].bfloat16()}) for n in t])
+    _, reasons = _check("full", model, base, replace(full[1], weights={}), "bf16")
+    assert f"{NUM_TENSORS} of {NUM_TENSORS} tensors are exactly the base's" in reasons
 
 
-def test_a_refusal_and_a_crash_of_the_fresh_process_are_gate_errors(base: Path, tmp_path: Path) -> None:
-    (tmp_path / "adapter").mkdir()
-    Probe([([1, 2], [0, 1])], [-1.0], 0.0).save(tmp_path / "probe.json")
-    with pytest.raises(GateError, match=r"(?s)no answer: .*adapter_model\.safetensors"):
-        run_gate(tmp_path / "adapter", base, tmp_path / "probe.json", "fp32")
-    save_file({f"{LAYER_0}.lora_B.weight": torch.zeros(0, 4)}, tmp_path / "adapter" / "adapter_model.safetensors")
-    with pytest.raises(GateError, match=r"1 tensors are empty.*It is not published"):
-        run_gate(tmp_path / "adapter", base, tmp_path / "probe.json", "fp32")
+def test_what_bfloat16_rounds_away_was_trained_all_the_same(base: Path, tmp_path: Path) -> None:
+    rounded = base_with(tmp_path / "base", dtype="bfloat16")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(rounded / "model.safetensors").items()}
+    save_file(tensors, rounded / "model.safetensors", metadata={"format": "pt"})
+    probe = leave_full(rounded, tmp_path / "x", "bf16", lr=1e-4)
+    report, reasons = _check("full", tmp_path / "x", rounded, probe, "bf16")
+    assert reasons == "" and report is not None
+    assert report.alive == report.total == NUM_TENSORS and report.rounded_away == 5  # the norms, whose weights are 1
+    _, reasons = _check("full", tmp_path / "x", rounded, replace(probe, weights={}), "bf16")
+    assert f"5 of {NUM_TENSORS} tensors are exactly the base's" in reasons
 
 
-def test_a_probe_reads_back_as_it_was_saved(trained: tuple[Path, Probe], tmp_path: Path) -> None:
-    trained[1].save(tmp_path / "probe.json")
-    read = Probe.load(tmp_path / "probe.json")
-    assert read.log_probs == trained[1].log_probs and read.noise == trained[1].noise
-    assert [tuple(example) for example in read.examples] == trained[1].examples
+@in_float32
+def test_a_weight_that_never_moved_is_dead_even_with_digests(full: Trained, base: Path, tmp_path: Path) -> None:
+    before = load_file(base / "model.safetensors")
+    digests = WeightDigests(torch.float32)
+    model = _changed(full[0], tmp_path / "x", lambda t: [t.update({n: v.float()}) for n, v in t.items()])
+    model = _changed(model, tmp_path / "y", lambda t: t.update({Q_0: before[Q_0]}))
+    assert dict(digests.watch(load_file(model / "model.safetensors").items()))[Q_0].equal(before[Q_0])
+    _, reasons = _check("full", model, base, replace(full[1], weights=digests.of), "fp32")
+    assert f"1 of {NUM_TENSORS} tensors are exactly the base's: {Q_0}." in reasons
+    assert "not what the trainer held" not in reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,37 @@ def test_no_row_is_lost_when_a_flush_fails(tmp_path: Path) -> None:
     log.append({"n": 2})
     log.close()
     assert [row["n"] for _, row in read_rows(str(way))] == [1, 2]
+
+
+def test_appending_writes_nothing_where_somebody_else_flushes(tmp_path: Path) -> None:
+    log = LogWriter(str(tmp_path / "log"), "w", flush_every_s=math.inf)
+    log.append({"n": 1})
+    assert not (tmp_path / "log").exists()
+    log.flush()
+    assert read_rows(log.uri) == [("w", {"n": 1})]
+
+
+def test_threads_that_append_and_flush_at_once_lose_and_repeat_nothing(tmp_path: Path) -> None:
+    log = LogWriter(str(tmp_path / "log"), "w", flush_every_s=math.inf)
+    together = threading.Barrier(4)
+
+    def append(thread: int) -> None:
+        together.wait()
+        for n in range(50):
+            log.append({"thread": thread, "n": n})
+            if n % 10 == thread:
+                log.flush()
+                assert {"thread": thread, "n": n} in [row for _, row in read_rows(log.uri)]
+
+    threads = [threading.Thread(target=append, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    log.close()
+    rows = [row for _, row in read_rows(log.uri)]
+    for number in range(4):
+        assert [row["n"] for row in rows if row["thread"] == number] == list(range(50))
 
 
 def test_a_writer_needs_a_plain_name(tmp_path: Path) -> None:

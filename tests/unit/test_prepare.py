@@ -69,6 +69,8 @@ def test_what_is_loaded_is_what_the_renderer_gives(home: str, tmp_path: Path, re
         sum(rows.supervised),
         max(rows.lengths),
     )
+    assert rows.lengths.dtype == rows.supervised.dtype == np.int64
+    assert rows.lengths is rows.lengths and rows.supervised is rows.supervised  # counted once
     assert card.supervised_share == card.supervised_tokens / card.tokens
     assert rows.card == card and rows.row_numbers.tolist() == [1, 2, 3]
 

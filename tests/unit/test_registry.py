@@ -9,8 +9,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from service import storage
 from service.domain import FileEntry, ModelRef
@@ -20,6 +22,8 @@ from service.registry import ManifestDraft, Registry, model_digest
 pytest_plugins = ("tests.s3_endpoint",)
 
 DRAFT = ManifestDraft(base_model="b", base_digest="00", renderer_digest="11", rank=4, alpha=8, metrics={"eval/loss": 1})
+
+FULL = ManifestDraft(kind="full", method="full", base_model="b", base_digest="00", renderer_digest="11")
 
 # Publishes, says so after each file, and then stands still until its standard input closes: a place to kill it.
 _PUBLISHER = """
@@ -55,6 +59,18 @@ def _adapter(directory: Path, weights: bytes) -> Path:
     return directory
 
 
+def _full(directory: Path) -> Path:
+    """A directory of the shape that transformers saves: two shards, their index, configuration and tokenizer."""
+    directory.mkdir()
+    shards = {f"t{n}": f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    for name in shards.values():
+        (directory / name).write_bytes(name.encode())
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for name in ("config.json", "tokenizer.json"):
+        (directory / name).write_text("{}")
+    return directory
+
+
 def _ref(text: str) -> ModelRef:
     return ModelRef.parse(text)
 
@@ -75,6 +91,77 @@ def test_a_published_model_is_found_fetched_and_identical(registry: Registry, ad
     assert fetched == tmp_path / "cache" / "adapters" / published.digest
     assert {p.name: p.read_bytes() for p in fetched.iterdir()} == {p.name: p.read_bytes() for p in adapter.iterdir()}
     assert registry.unfinished() == []
+
+
+def test_a_full_model_is_published_and_fetched_among_the_base_models(registry: Registry, tmp_path: Path) -> None:
+    source = _full(tmp_path / "full")
+    published = registry.publish("tickets", source, FULL)
+    assert (published.kind, published.method, published.rank, published.base_bits) == ("full", "full", 0, 16)
+    assert registry.manifest(_ref("tickets@1")) == published
+    fetched = registry.fetch(_ref("tickets@1"), tmp_path / "cache")
+    assert fetched == tmp_path / "cache" / "base_models" / published.digest
+    assert {p.name: p.read_bytes() for p in fetched.iterdir()} == {p.name: p.read_bytes() for p in source.iterdir()}
+
+
+def test_everything_wrong_with_a_full_model_is_said_at_once(registry: Registry, tmp_path: Path) -> None:
+    source = _full(tmp_path / "bad")
+    (source / "model-00002-of-00002.safetensors").unlink()
+    (source / "tokenizer.json").unlink()
+    (source / "config.json").write_text('{"auto_map": {"AutoModel": "evil.py"}}')
+    (source / "pytorch_model.bin").write_bytes(b"pickle")
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError) as caught:
+        registry.publish("tickets", source, FULL)
+    for reason in ("shards that are missing: model-00002-of-00002.safetensors", "tokenizer.json is missing", "auto_map",
+                   "pytorch_model.bin may hold a pickle", "adapter_config.json makes", "as a full model"):  # fmt: skip
+        assert reason in str(caught.value)
+    assert registry.models() == [] and registry.unfinished() == []
+
+
+def test_an_adapter_is_not_published_as_a_full_model_nor_the_other_way(
+    registry: Registry, adapter: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"config\.json is missing; tokenizer\.json is missing .* load an adapter on top"
+    ):
+        registry.publish("tickets", adapter, FULL)
+    with pytest.raises(ModelError, match=r"adapter_config\.json is missing; adapter_model\.safetensors is missing"):
+        registry.publish("tickets", _full(tmp_path / "full"), DRAFT)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"kind": "full", "rank": 4}, {"kind": "full", "alpha": 8.0}, {"kind": "adapter"}, {"rank": 4, "alpha": 0.0}],
+)
+def test_rank_and_alpha_are_of_adapters_and_of_nothing_else(facts: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="rank"):
+        ManifestDraft(base_model="b", base_digest="00", renderer_digest="11", **facts)
+
+
+def test_the_bits_of_the_base_and_the_method_are_recorded(registry: Registry, adapter: Path) -> None:
+    registry.publish("tickets", adapter, DRAFT.model_copy(update={"method": "qlora", "base_bits": 4}))
+    manifest = registry.manifest(_ref("tickets@1"))
+    assert (manifest.method, manifest.base_bits) == ("qlora", 4)
+
+
+def test_a_manifest_that_says_nothing_of_the_method_is_a_lora_on_an_unquantised_base(
+    registry: Registry, adapter: Path
+) -> None:
+    published = registry.publish("tickets", adapter, DRAFT)
+    written = published.model_dump_json(exclude={"method", "base_bits", "merged_from"}).encode()
+    storage.write_bytes(storage.join(registry.home, "models/default/tickets/1/manifest.json"), written)
+    assert registry.manifest(_ref("tickets@1")) == published
+
+
+def test_a_model_that_others_are_built_on_is_not_deleted(registry: Registry, adapter: Path, tmp_path: Path) -> None:
+    registry.publish("merged", _full(tmp_path / "full"), FULL)
+    registry.publish("search/tickets", adapter, DRAFT.model_copy(update={"base_model": "default/merged@1"}))
+    with pytest.raises(ConflictError, match=r"search/tickets@1 \(it is its base model\) points at it"):
+        registry.delete(_ref("merged@1"))
+    assert registry.versions("merged") == [1]
+    registry.delete(_ref("search/tickets@1"))
+    registry.delete(_ref("merged@1"))
+    assert registry.versions("merged") == []
 
 
 def test_the_digest_is_of_content_not_of_version(registry: Registry, adapter: Path, tmp_path: Path) -> None:

@@ -1,0 +1,109 @@
+"""A run on several Ray nodes. In a pytest call of its own: two clusters in one process break Ray's state API."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.domain import RunState
+from service.runs import Run, list_runs
+from service.settings import Settings
+from tests.integration import small_runs
+from tests.integration.place import ROOT, Place, wait_until
+
+pytestmark = pytest.mark.long
+
+
+def add_node(cluster: Any, number: int) -> Any:
+    """With an address of its own: a driver attaches itself to a node of its address, which must be the head's."""
+    return cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{number}")
+
+
+@pytest.fixture(scope="module")
+def nodes(ray_environment: dict[str, str]) -> Iterator[Any]:
+    """A head that does no work, and two nodes of one CPU each."""
+    from ray.cluster_utils import Cluster
+
+    directory = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
+    # The state API needs the dashboard: without it Ray Train's placement groups leak.
+    head = {"num_cpus": 0, "include_dashboard": True, "temp_dir": directory, "dashboard_port": 0}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.workers = [add_node(cluster, number) for number in (2, 3)]
+    yield cluster
+    cluster.shutdown()
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def place(nodes: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    base = small_runs.small_base(tmp_path_factory.mktemp("base"))
+    run_file = small_runs.write_run_file(
+        tmp_path / "run", base, scale={"workers": 2}, checkpoint={"every": {"steps": 5}}
+    )
+    settings = Settings(str(tmp_path / "home"), tmp_path / "cache")
+    environment = {
+        **os.environ,
+        "LORAY_HOME": settings.home,
+        "LORAY_CACHE": str(settings.cache),
+        "RAY_ADDRESS": nodes.address,
+    }
+    return Place("", settings, environment, run_file)
+
+
+def workers(run: Run) -> int:
+    return int(run.status().details.get("workers", 0))
+
+
+def metrics_of_attempt(run: Run, attempt: int) -> bool:
+    from service import storage
+
+    return any(name.startswith(f"a{attempt}-r0") for name in storage.list_names(run.path("metrics")))
+
+
+def test_workers_on_two_nodes_train_together(place: Place) -> None:
+    place.train(str(place.run_file))
+    run = place.newest()
+    assert run.status().state is RunState.SUCCEEDED
+    places = {
+        event["text"].split(" on ")[1].split(", process")[0] for event in run.events() if event["kind"] == "worker"
+    }
+    assert len(places) == 2, places  # each worker on a Ray node of its own
+
+
+def test_a_run_shrinks_when_a_node_goes_and_grows_when_one_comes_and_loses_no_draw(
+    place: Place, nodes: Any, tmp_path: Path
+) -> None:
+    elastic = ("--set", "scale.workers={min: 1, max: 2}", "--set", "optim.epochs=5000")
+    log = tmp_path / "driver.log"
+    with log.open("w") as out, subprocess.Popen(
+        [sys.executable, "-m", "jobs.train", str(place.run_file), *elastic],
+        env=place.environment, cwd=ROOT, stdout=out, stderr=out,
+    ) as process:  # fmt: skip
+        try:
+            wait_until(lambda: process.poll() is not None or bool(list_runs(place.settings.home)), "the run exists")
+            run = place.newest()
+            wait_until(lambda: process.poll() is not None or metrics_of_attempt(run, 1), "it trains")
+            assert workers(run) == 2
+            nodes.remove_node(nodes.workers.pop(), allow_graceful=False)
+            wait_until(lambda: metrics_of_attempt(run, 2) and workers(run) == 1, "it goes on with one worker")
+            nodes.workers.append(add_node(nodes, 3))
+            wait_until(lambda: metrics_of_attempt(run, 3) and workers(run) == 2, "it goes on with two workers again")
+            place.loray("runs", "stop", run.id)
+            assert process.wait(timeout=120) == 0
+        except AssertionError as error:
+            error.add_note(log.read_text()[-3000:])
+            raise
+        finally:
+            process.kill()
+    assert run.status().state is RunState.STOPPED
+    check = json.loads(place.loray("runs", "ledger", run.id, "--check", "--json"))
+    assert check["steps"] == run.status().step

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resume=resume, run_id=given.run_id, profile=given.profile, asked_at=given.asked_at,
         )  # fmt: skip
     except LorayError as error:
-        console.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True, style="red")
+        line = "\n".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"])
+        console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
         return 2 if isinstance(error, ValueError | LookupError) else 1
     return 0
 

@@ -16,7 +16,9 @@ from service.settings import load_settings
 def chat_lines(model: str, max_tokens: int, lines: TextIO) -> None:
     """Answer each line as the next turn of one conversation. Raises NotFoundError, ModelError, RequestError."""
     loaded = LoadedModel(ModelRef.parse(model), load_settings(), slots=1)
-    console.print(f"{loaded.manifest.ref} on {loaded.manifest.base_model}. End with Ctrl-D.", highlight=False)
+    console.print(
+        f"{loaded.manifest.ref}, trained from {loaded.manifest.base_model}. End with Ctrl-D.", highlight=False
+    )
     messages: list[Message] = []
     interactive = lines.isatty()
     while True:
@@ -41,7 +43,7 @@ def _answer(loaded: LoadedModel, messages: list[Message], max_tokens: int) -> st
 
     prompt = tuple(loaded.renderer.prompt_ids(messages))
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-    loaded.engine.submit(GenerationRequest(str(len(messages)), prompt, sampling, loaded.manifest.digest), show)
+    loaded.engine.submit(GenerationRequest(str(len(messages)), prompt, sampling, loaded.adapter), show)
     while loaded.engine.step():
         pass
     console.print()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from service.base_models import BaseModel, resolve_base_model
@@ -22,7 +23,7 @@ from service.evaluation.task import TaskScores, score_json
 from service.inference.engine import GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
 from service.registry import Registry
-from service.render import Message, Renderer
+from service.render import Message, load_renderer
 from service.settings import Settings
 from service.training.plan import renderer_for
 
@@ -40,52 +41,68 @@ class Comparison:
 
 
 class LoadedModel:
-    """A published adapter on its base, in this process, ready to answer."""
+    """A published model in this process, ready to answer, and the base it came from to compare with.
+
+    An adapter shares its engine with the base; a full model has one of its own, and its base is loaded when it is asked.
+    """
 
     def __init__(self, ref: ModelRef, settings: Settings, *, slots: int = 16) -> None:
-        import torch
-
         registry = Registry(settings.home)
         self.manifest = registry.manifest(ref)
-        config = RunConfig.model_validate(self.manifest.config)
-        base = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
-        if base.digest != self.manifest.base_digest:
-            raise ModelError(
-                f"{self.manifest.ref} was trained on a base with sha256 {self.manifest.base_digest[:12]}, "
-                f"{config.model.id} is now {base.digest[:12]}. Restore the base it was trained on."
-            )
-        self.renderer: Renderer = renderer_for(config, base)
+        self._settings, self._slots = settings, slots
+        self._config = RunConfig.model_validate(self.manifest.config)
+        published = registry.fetch(ModelRef.parse(self.manifest.ref), settings.cache)
+        is_adapter = self.manifest.kind == "adapter"
+        self.adapter = self.manifest.digest if is_adapter else None  # what a request names to get the tuned model
+        directory = self._base().path if is_adapter else published
+        # A full model carries the template it was trained with; an adapter's is the base's, or the one its run named.
+        self.renderer = renderer_for(self._config, directory) if is_adapter else load_renderer(directory)
         if self.renderer.digest != self.manifest.renderer_digest:
             raise ModelError(
                 f"{self.manifest.ref} was trained with the chat template and tokenizer "
                 f"{self.manifest.renderer_digest[:12]}, here they are {self.renderer.digest[:12]}. Restore model.chat_template."
             )
-        self.engine = TorchEngine(
-            base.path,
-            tokenizer=self.renderer.tokenizer,
-            stop_ids=self.renderer.stop_ids,
-            dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            num_slots=slots,
-            max_context=_max_context(base, config.data.seq_len + 1024),
-            max_lora_columns=self.manifest.rank,
-        )
-        self.engine.load_adapter(
-            self.manifest.digest, registry.fetch(ModelRef.parse(self.manifest.ref), settings.cache)
-        )
+        self.engine = self._engine(directory)
+        if self.adapter:
+            self.engine.load_adapter(self.adapter, published)
 
     def answers(self, prompts: Sequence[Sequence[Message]], *, tuned: bool, max_tokens: int) -> list[str]:
-        """Greedy answers, in order; by the adapter, or by the base alone."""
+        """Greedy answers, in order; by the tuned model, or by the base alone."""
         requests = [
             GenerationRequest(
                 id=str(index),
                 prompt_ids=tuple(self.renderer.prompt_ids(messages)),
                 sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
-                adapter=self.manifest.digest if tuned else None,
+                adapter=self.adapter if tuned else None,
             )
             for index, messages in enumerate(prompts)
         ]
-        return self.engine.generate(requests)
+        shared = tuned or self.adapter is not None
+        return (self.engine if shared else self._engine(self._base().path)).generate(requests)
+
+    def _base(self) -> BaseModel:
+        asked = self._config.model
+        base = resolve_base_model(asked.id, self._settings.cache, asked.revision, self._settings.home)
+        if base.digest != self.manifest.base_digest:
+            raise ModelError(
+                f"{self.manifest.ref} was trained on a base with sha256 {self.manifest.base_digest[:12]}, "
+                f"{asked.id} is now {base.digest[:12]}. Restore the base it was trained on."
+            )
+        return base
+
+    def _engine(self, directory: Path) -> TorchEngine:
+        import torch
+
+        return TorchEngine(
+            directory,
+            tokenizer=self.renderer.tokenizer,
+            stop_ids=self.renderer.stop_ids,
+            dtype=torch.bfloat16 if self._config.precision == "bf16" else torch.float32,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            num_slots=self._slots,
+            max_context=_max_context(directory, self._config.data.seq_len + 1024),
+            max_lora_columns=self.manifest.rank,
+        )
 
 
 def compare(
@@ -111,9 +128,9 @@ def compared(model: str, rows: list[Row], base_answers: list[str], tuned_answers
     return Comparison(model, rows, base_answers, tuned_answers, base, tuned)
 
 
-def _max_context(base: BaseModel, wanted: int) -> int:
-    """What is wanted, or what the base has positions for."""
-    config = json.loads((base.path / "config.json").read_text(encoding="utf-8"))
+def _max_context(directory: Path, wanted: int) -> int:
+    """What is wanted, or what the model has positions for."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return min(wanted, int(config.get("max_position_embeddings") or wanted))
 
 

@@ -10,10 +10,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import replace
 
 from service.config import RunConfig, ScaleBlock
-from service.errors import OutOfMemoryError, WorkerLostError
+from service.errors import OutOfMemoryError, StorageError, WorkerLostError
 from service.runs import Run
 from service.training import placement, trainer
 from service.training.checkpoint import newest_step
@@ -82,12 +83,18 @@ def _attempt(
     while not future.done():
         wait([future], timeout=0.5)
         poll()
-        if time.monotonic() >= look_at and run.stop_requested() is None:
+        if time.monotonic() >= look_at:
             reason = _reason_to_move(workers, share, scale, leaving)
             if reason and not future.done():
-                run.request_stop(reason)
+                with suppress(StorageError):  # asked for again; storage that stays away is the workers' to tell
+                    _ask_to_move(run, reason)
             look_at = time.monotonic() + LOOK_AT_CLUSTER_EVERY_S
     return future.result()
+
+
+def _ask_to_move(run: Run, reason: str) -> None:
+    if run.stop_requested() is None:
+        run.request_stop(reason)
 
 
 def _reason_to_move(workers: int, share: Resources, scale: ScaleBlock, leaving: set[str]) -> str | None:

@@ -67,13 +67,22 @@ def train_run(
             job = dataclasses.replace(_job(resolved, settings, run, attempt, plan), profile=profile, asked_at=asked_at)
             _train_and_finish(job, run, resolved, settings, plan, console)
     except BaseException as error:
-        with suppress(ConflictError):  # it had already ended, and only what came after has failed
-            run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
+        _mark_failed(run, error)
         if isinstance(error, LorayError) and isinstance(error, (ValueError, LookupError)):
             # Not a mistake in the input any more: there is a run, and it has failed.
             raise TrainingError(f"run {run.id} failed: {type(error).__name__}: {error}") from error
         raise
     return run
+
+
+def _mark_failed(run: Run, error: BaseException) -> None:
+    """The run's last status; where even that cannot be written, the error says so and the run will read as lost."""
+    try:
+        run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
+    except ConflictError:
+        pass  # it had already ended, and only what came after has failed
+    except StorageError as another:
+        error.add_note(f"and the run could not be marked as failed: {another}")
 
 
 def _train_and_finish(

@@ -25,12 +25,11 @@ import torch.distributed as dist
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from service.config import FullBlock, LoraBlock, RunConfig
+from service.config import FullBlock, RunConfig
 from service.errors import TrainingError
 from service.training import methods, optim
 from service.training.live_bytes import Bytes, Rehearsal
 from service.training.methods.full import SHARD_BYTES as MODEL_SHARD_BYTES
-from service.training.methods.fused import fuse
 from service.training.methods.loading import STORAGE
 from service.training.objectives.attention import BY_EXAMPLE, attend_by_example
 from service.training.objectives.sft import Batch, SupervisedLoss, TokenArrays, collate
@@ -181,11 +180,7 @@ class _Stage:
             return torch.float32 if parameter.requires_grad else STORAGE[config.precision]
 
         self._rehearsal.give_storage(model, world.device, stored)
-        if config.memory.checkpoint_activations:
-            methods._checkpoint_activations(model)
-        if isinstance(config.method, LoraBlock) and config.scale.strategy != "zero3":
-            fuse(model)
-        model.train()
+        methods.ready_to_train(model, config)
         self._objective = SupervisedLoss(model)
         self._objective.to = lambda *_: self._objective  # type: ignore[method-assign]  # it is there
         if packed and attend_by_example(model.get_base_model() if hasattr(model, "get_base_model") else model):

@@ -11,6 +11,7 @@ import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from service.training.batches import Batches, MicroBatch, make_plan, micro_seque
 from service.training.memory import MemoryPlan, Shape, Work, plan_memory
 from service.training.methods.loading import meta_base
 from service.training.probe import ProbeJob, ProbeResult, run_probe
+from service.training.start_checks import head_examples
 from service.training.strategy import World
 
 LOOKED_AT_STEPS = 2000  # for the largest micro-batch, evenly over the run: more than that only repeat
@@ -74,10 +76,10 @@ class RunPlan:
         }
 
 
-def renderer_for(config: RunConfig, base: BaseModel) -> Renderer:
-    """The renderer of a run: the base's own template, or the one that the config names."""
+def renderer_for(config: RunConfig, directory: Path) -> Renderer:
+    """The renderer of a run, for a model in `directory`: its own template, or the one that the config names."""
     template = config.model.chat_template
-    return load_renderer(base.path, read_text(template, "model.chat_template") if template else None)
+    return load_renderer(directory, read_text(template, "model.chat_template") if template else None)
 
 
 def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str, str | None] | None = None) -> RunPlan:
@@ -125,7 +127,7 @@ def detailed(plan: RunPlan, resolved: ResolvedRun, settings: Settings, *, probe:
 
 
 def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> tuple[DataCard, DataCard | None]:
-    data, renderer = config.data, renderer_for(config, base)
+    data, renderer = config.data, renderer_for(config, base.path)
 
     def prepared(uri: str) -> DataCard:
         return prepare.prepare(uri, renderer, home=settings.home, seq_len=data.seq_len, over_long=data.over_long)
@@ -154,7 +156,7 @@ def _work(config: RunConfig, rows: TokenRows, device: torch.device) -> Work:
     every = config.checkpoint.every
     return Work(
         largest=Shape.of([[rows[row] for row in pack] for pack in largest]),
-        first=Shape.of([[rows[int(row)]] for row in steps.rows(0)[:micro]]),
+        first=Shape.of(head_examples(rows, [int(row) for row in steps.rows(0)])),
         world_size=workers,
         packed=batches.capacity is not None,
         accumulates=max(map(len, cut)) > workers,

@@ -5,24 +5,33 @@ Each answers with a line for the run's events. All workers make the same calls a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from service.data.prepare import TokenRows
 from service.errors import ModelError, OutOfMemoryError
 from service.training.batches import Batches
-from service.training.objectives.sft import SupervisedLoss
+from service.training.objectives.sft import PROBE_TOKENS, SupervisedLoss, TokenArrays, collate
 from service.training.strategy import Strategy, World
 
 HEAD_TOLERANCE = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.25}  # nats, see SupervisedLoss.probe_head
+HEAD_ROWS = 2
 PACKED_ROWS = 3
+
+
+def head_examples(rows: TokenRows, first: Sequence[int]) -> list[list[TokenArrays]]:
+    """What the head is tried on: the beginnings of two rows, all of it trained. The model's own logits cover every position,
+    and must not need more memory than training does."""
+    cut = [(ids[:PROBE_TOKENS], mask[:PROBE_TOKENS]) for ids, mask in (rows[int(row)] for row in first[:HEAD_ROWS])]
+    return [[(ids, np.ones_like(mask))] for ids, mask in cut]
 
 
 def check_head(objective: SupervisedLoss, batches: Batches, rows: TokenRows, first: list[int], precision: str) -> str:
     """By which road the loss goes: the fast one, if it gives what the model's own forward gives."""
-    batch = batches.tensors([[row] for row in first[: batches.micro]], rows)
+    batch = collate(head_examples(rows, first), batches.world.device)
     with _evaluating(objective), batches.compute():
         difference = objective.probe_head(batch, HEAD_TOLERANCE[precision])
     objective.own_forward = batches.world.any(objective.own_forward)

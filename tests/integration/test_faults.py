@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,9 +19,13 @@ import pytest
 from service import storage
 from service.domain import RunState
 from service.runs import Run, list_runs
+from service.settings import Settings
+from tests.integration import small_runs
 from tests.integration.place import ROOT, Place, base, losses, place, wait_until
+from tests.integration.stoppable_endpoint import Endpoint, endpoint
 
-__all__ = ["base", "place"]  # fixtures
+__all__ = ["base", "endpoint", "place"]  # fixtures
+pytest_plugins = ("tests.s3_endpoint",)
 pytestmark = pytest.mark.long
 LONG = ("--set", "optim.epochs=60", "--set", "publish=null")  # 240 steps: the fault finds it in the middle
 
@@ -106,3 +113,71 @@ def test_a_run_of_two_workers_goes_on_with_one_and_every_draw_happens_once(place
     assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
     assert [sorted(row["ids"]) for row in run.ledger()] == [sorted(row["ids"]) for row in whole.ledger()]
     ledger_line(place, run)
+
+
+@pytest.fixture
+def on_s3(place: Place, endpoint: Endpoint, s3_home: str) -> Place:
+    """The same with its home on S3, and a cluster that the driver starts itself, so that the workers have its credentials."""
+    environment = {name: value for name, value in place.environment.items() if name != "RAY_ADDRESS"}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    environment["LORAY_HOME"] = s3_home
+    return Place("", Settings(s3_home, place.settings.cache), environment, place.run_file)
+
+
+LIMIT_KB = 2_500_000
+EVERY_20 = (*LONG, "--set", "checkpoint.every.steps=20")
+
+
+def test_a_run_whose_storage_is_away_for_20_seconds_goes_on_to_its_end(on_s3: Place, endpoint: Endpoint) -> None:
+    with training(on_s3, *EVERY_20) as (run, driver):
+        wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
+        endpoint.stop()
+        back = threading.Timer(20.0, endpoint.start)
+        back.start()
+        output = driver.communicate(timeout=300)[0]
+        back.join()
+    assert driver.returncode == 0, output[-3000:]
+    status = run.status()
+    assert (status.state, status.details["attempt"], status.step) == (RunState.SUCCEEDED, 1, 240)
+    kinds = [event["kind"] for event in run.events()]
+    assert "storage_away" in kinds and "storage_back" in kinds
+    ledger_line(on_s3, run)
+
+
+def test_a_run_whose_storage_stays_away_fails_and_goes_on_from_its_last_whole_checkpoint(
+    on_s3: Place, endpoint: Endpoint
+) -> None:
+    with training(on_s3, *EVERY_20, "--set", "checkpoint.retry_s=3") as (run, driver):
+        wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
+        endpoint.stop()
+        output = driver.communicate(timeout=300)[0]
+    assert driver.returncode == 1, output[-3000:]
+    assert "storage was away" in output or "storage has failed" in output, output[-3000:]
+    endpoint.start()
+    kept = checkpoints(run)
+    assert kept and max(kept) < 240
+    on_s3.train("--resume", run.id)
+    assert run.status().state is RunState.SUCCEEDED
+    ledger_line(on_s3, run)
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_losses_stay(place: Place, base: Path) -> None:
+    optim = {"lr": 1e-3, "batch": {"rows": 8000}, "epochs": 2}
+    file = small_runs.write_run_file(
+        place.run_file.parent / "large", base, num_rows=8000, scale={"workers": 2}, optim=optim
+    )
+    padded = ("--set", "data.pack=never", "--set")
+    place.train(str(file), *padded, "memory.micro=64")
+    small = place.newest()
+    alone = {name: value for name, value in place.environment.items() if name != "RAY_ADDRESS"}
+    limited = ["bash", "-c", f'ulimit -d {LIMIT_KB} && exec "$@"', "bash"]  # every process of its Ray gets it
+    command = [*limited, sys.executable, "-m", "jobs.train", str(file), *padded, "memory.micro=8000"]
+    done = subprocess.run(command, env=alone, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert (
+        "a micro-batch of 8000 sequence(s) does not fit" in done.stdout
+        and "Trying 4000; the global batch stays" in done.stdout
+    )
+    run = place.newest()
+    assert run.status().details["attempt"] >= 2
+    assert losses(run) == pytest.approx(losses(small), rel=1e-5)

@@ -20,6 +20,7 @@ from service.base_models import resolve_base_model
 from service.config import RunConfig, ServeConfig
 from service.domain import Manifest, ManifestDraft, ModelRef, RunState
 from service.errors import ConfigError, GateError, ModelError
+from service.evaluation.answers import compare
 from service.merging import merge, summary
 from service.registry import Registry
 from service.render import load_renderer
@@ -380,6 +381,31 @@ def test_the_command_merges_publishes_and_the_result_is_trained_and_served_on(
         == resolve_base_model("tickets-merged@1", settings.cache, home=home).digest
     )
     assert served.base.renderer_digest == adapter.renderer_digest
+
+
+def test_a_published_full_model_answers_with_its_own_weights_beside_its_base(
+    base: Path, tmp_path: Path, settings: Settings
+) -> None:
+    leave_full(base, tmp_path / "x", "fp32", lr=0.1)
+    draft = ManifestDraft(
+        kind="full",
+        method="full",
+        base_model=str(base),
+        base_digest=resolve_base_model(str(base), settings.cache).digest,
+        renderer_digest=load_renderer(base).digest,
+        config=_config(base, method="full").model_dump(mode="json", by_alias=True),
+    )
+    Registry(settings.home).publish("whole", tmp_path / "x", draft)
+    found = compare(ModelRef.parse("whole@1"), str(write_rows(tmp_path / "rows.jsonl", 3)), settings)
+    length = max(len(row.reference()) for row in found.rows) * 3 // 2 + 16
+    renderer = load_renderer(base)
+    for directory, answers in ((base, found.base_answers), (tmp_path / "x", found.tuned_answers)):
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        for row, answer in zip(found.rows, answers, strict=True):
+            prompt = torch.tensor([renderer.prompt_ids(row.prompt())])
+            ids = model.generate(prompt, max_new_tokens=length, do_sample=False)[0, prompt.shape[1] :]
+            assert answer == renderer.tokenizer.decode(ids, skip_special_tokens=True)
+    assert found.base_answers != found.tuned_answers
 
 
 def _loray(settings: Settings, *arguments: str) -> str:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -29,63 +29,14 @@ from service.logs import LogWriter, read_rows
 from service.training.checkpoint import CheckpointSaver, newest_checkpoint, newest_step
 from service.training.strategy import World
 from tests.integration.checkpoint_worker import IDENTITY, run_at, tensors_at
+from tests.integration.stoppable_endpoint import Endpoint, endpoint
 
-if TYPE_CHECKING:
-    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+__all__ = ["endpoint"]  # a fixture
 
 pytest_plugins = ("tests.s3_endpoint",)
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
-
-
-class Endpoint:
-    """An S3 endpoint that can be stopped and started; `before(method, path)` sees each request, and may keep it waiting."""
-
-    def __init__(self) -> None:
-        from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-
-        self._app = DomainDispatcherApplication(create_backend_app)
-        self._one_at_a_time = threading.Lock()
-        self._port = 0
-        self.before: Callable[[str, str], None] = lambda method, path: None
-        self.start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}"
-
-    def start(self) -> None:
-        from moto.moto_server.werkzeug_app import MotoRequestHandler
-        from werkzeug.serving import make_server
-
-        self._server = make_server(
-            "127.0.0.1", self._port, self._answer, threaded=True, request_handler=MotoRequestHandler
-        )
-        self._port = self._server.server_port
-        self._thread = threading.Thread(target=self._server.serve_forever, name="stoppable-endpoint", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
-
-    def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        self.before(environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}")
-        with self._one_at_a_time:
-            answer: Iterable[bytes] = self._app(environ, start_response)
-            return answer
-
-
-@pytest.fixture
-def endpoint(s3_home: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Endpoint]:
-    """Running when the test begins, and reached by AWS_ENDPOINT_URL."""
-    running = Endpoint()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-    yield running
-    running.before = lambda method, path: None
-    running.stop()
 
 
 @dataclass

@@ -30,10 +30,15 @@ def load_model(path: Path, config: RunConfig, device: torch.device, cache: Path,
     for what this base or this machine cannot do.
     """
     model = _apply(load_base(path, config, device), config)
-    if config.memory.checkpoint_activations:
-        _checkpoint_activations(model)
     if isinstance(config.method, LoraBlock) and config.method.init_from:
         load_initial_adapter(model, config.method.init_from, path, cache=cache, home=home)
+    return ready_to_train(model, config)
+
+
+def ready_to_train(model: torch.nn.Module, config: RunConfig) -> torch.nn.Module:
+    """How the model computes while it is trained: which activations it keeps, which products are fused. The weights stay."""
+    if config.memory.checkpoint_activations:
+        _checkpoint_activations(model)
     if isinstance(config.method, LoraBlock) and config.scale.strategy != "zero3":
         fuse(model)
     return model.train()

@@ -46,7 +46,7 @@ class Probe:
 
     examples: list[tuple[list[int], list[int]]]  # ids, mask
     log_probs: list[float]
-    noise: float  # the trainer's own largest difference between a batch and single rows
+    noise: float  # the trainer's own largest difference: a batch or single rows, fused or plain products
     weights: dict[str, dict[str, str]] = field(
         default_factory=dict
     )  # of a full model: `saved_weights.WeightDigests.of`

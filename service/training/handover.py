@@ -23,17 +23,19 @@ PROBE_ROWS = 4
 
 
 def make_probe(objective: SupervisedLoss, batches: Batches, rows: TokenRows) -> Probe:
-    """The trainer's own log-probabilities of a few rows, and how much a batch alone changes them."""
+    """The trainer's own log-probabilities of a few rows, and how much they change with what changes nothing but rounding:
+    the batch, and the road by which the products are computed."""
     examples = [rows[row] for row in range(min(PROBE_ROWS, len(rows)))]
     device = batches.world.device
     objective.eval()
     with batches.compute():
         together = objective.log_probs(collate([[e] for e in examples], device))
         alone = torch.cat([objective.log_probs(collate([[e]], device)) for e in examples])
+        plain = objective.plain_log_probs(collate([[e] for e in examples], device))
     return Probe(
         examples=[(ids.tolist(), mask.tolist()) for ids, mask in examples],
         log_probs=together.tolist(),
-        noise=float((together - alone).abs().max().item()),
+        noise=float(torch.stack([together - alone, together - plain]).abs().max().item()),
     )
 
 

@@ -29,7 +29,7 @@ from transformers.modeling_flash_attention_utils import _is_packed_sequence, pre
 from service.config import BatchBlock, LoraBlock
 from service.data.planner import make_plan, micro_batches, share_of_rank
 from service.training.methods.lora import apply_lora
-from service.training.objectives.attention import BY_EXAMPLE
+from service.training.objectives.attention import BY_EXAMPLE, SHORT
 from service.training.objectives.sft import SupervisedLoss, TokenArrays, collate
 
 VOCABULARY = 96
@@ -153,11 +153,20 @@ def test_a_model_that_gives_nan_is_not_packed() -> None:
 def test_attention_by_example_is_chosen_on_a_cpu_and_changes_no_bit_of_an_example(family: str) -> None:
     model = _model(KEEP_APART[family])
     objective = SupervisedLoss(model)
-    before = [objective.log_probs(collate([[example]], CPU)) for example in _examples(30, 41, 17)]
-    assert objective.probe_packing(_examples(30, 41, 17)) is None
+    examples = _examples(30, 41, SHORT + 20)
+
+    def alone() -> torch.Tensor:
+        return torch.cat([objective.log_probs(collate([[example]], CPU)) for example in examples])
+
+    before = alone()
+    assert objective.probe_packing(examples) is None
     assert model.config._attn_implementation == BY_EXAMPLE
-    packed = objective.log_probs(collate([_examples(30, 41, 17)], CPU))
-    assert torch.equal(packed, torch.cat(before))
+    packed = objective.log_probs(collate([examples], CPU))
+    assert torch.equal(packed, alone())
+    torch.testing.assert_close(packed, before, rtol=0.0, atol=1e-5)
+    assert torch.equal(packed[-len(examples[-1][0]) // 2 :], before[-len(examples[-1][0]) // 2 :])  # no short one
+    plain = [objective.plain_log_probs(collate([[example]], CPU)) for example in examples]
+    assert torch.equal(torch.cat(plain), before)
 
 
 def test_a_window_shorter_than_examples_keeps_its_mask() -> None:

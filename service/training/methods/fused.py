@@ -7,6 +7,8 @@ products are added in place. Seen on SmolLM2-135M, r=16 on all linears, 512 toke
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +25,19 @@ def fuse(model: torch.nn.Module) -> int:
     for module in plain:
         module.forward = _Forward(module)
     return len(plain)
+
+
+@contextmanager
+def plainly(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, everything is computed by PEFT's own road, as whoever loads the saved adapter will."""
+    switched = [module.forward for module in model.modules() if isinstance(module.forward, _Forward)]
+    for forward in switched:
+        forward.plain = True
+    try:
+        yield
+    finally:
+        for forward in switched:
+            forward.plain = False
 
 
 def _is_plain(module: Any) -> bool:
@@ -42,12 +57,13 @@ class _Forward:
     """In place of the module's own `forward`, which remains for what PEFT can do beyond training: disabling and merging."""
 
     def __init__(self, module: Any) -> None:
+        self.plain = False
         self._module, self._own = module, module.forward
         (self._name,) = module.lora_A
 
     def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         module, name = self._module, self._name
-        if module.disable_adapters or module.merged or args or kwargs:
+        if self.plain or module.disable_adapters or module.merged or args or kwargs:
             own: torch.Tensor = self._own(x, *args, **kwargs)
             return own
         base = module.base_layer

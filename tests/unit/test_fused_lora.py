@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from service.training.methods.fused import fuse
+from service.training.methods.fused import fuse, plainly
 
 
 class Small(torch.nn.Module):
@@ -66,3 +66,14 @@ def test_a_disabled_adapter_is_disabled() -> None:
     with model.disable_adapter():
         assert torch.equal(model(x), expected)
     assert not torch.equal(model(x), expected)
+
+
+def test_plainly_is_pefts_own_road_to_the_last_bit_for_as_long_as_it_is_open() -> None:
+    model = adapted().bfloat16()
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = model(x)
+    fuse(model)
+    fused = model(x)
+    with plainly(model):
+        assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), fused) and not torch.equal(fused, expected)

@@ -114,7 +114,9 @@ class _ShortAttention(torch.autograd.Function):
         with torch.autocast(query_BHTK.device.type, enabled=False):
             query = query_BHTK.reshape(groups, -1, size)
             key, value = (states.reshape(groups, length, size) for states in (key_BGTK, value_BGTK))
-            scores = torch.bmm(query.float() * scale, key.float().transpose(1, 2)).view(groups, -1, length, length)
+            precise = torch.promote_types(query.dtype, torch.float32)
+            scores = torch.bmm(query.to(precise) * scale, key.to(precise).transpose(1, 2))
+            scores = scores.view(groups, -1, length, length)
             later = torch.ones(length, length, dtype=torch.bool, device=scores.device).triu_(1)
             shares = scores.masked_fill_(later, -math.inf).softmax(-1).to(value.dtype).view(groups, -1, length)
             output = torch.bmm(shares, value)
@@ -127,8 +129,9 @@ class _ShortAttention(torch.autograd.Function):
         query, key, value, shares, output = ctx.saved_tensors
         like_query, like_key = ctx.shapes
         grad = grads[0].transpose(1, 2).reshape(output.shape)
-        mean = (grad.float() * output.float()).sum(-1, keepdim=True)  # of what the softmax's gradient is centred on
-        grad_shares = torch.bmm(grad.float(), value.float().transpose(1, 2))
+        precise = torch.promote_types(query.dtype, torch.float32)
+        mean = (grad.to(precise) * output.to(precise)).sum(-1, keepdim=True)  # which the softmax's gradient leaves out
+        grad_shares = torch.bmm(grad.to(precise), value.to(precise).transpose(1, 2))
         grad_scores = grad_shares.sub_(mean).mul_(shares).mul_(ctx.scale).to(key.dtype)
         grad_query = torch.bmm(grad_scores, key).view(like_query)
         grad_key = torch.bmm(grad_scores.transpose(1, 2), query).view(like_key)

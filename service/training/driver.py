@@ -33,7 +33,7 @@ from service.training.attempts import train_to_the_end
 from service.training.loop import TrainJob, TrainResult
 from service.training.plan import RunPlan, make_run_plan
 from service.training.progress import ProgressView
-from service.training.report import write_report
+from service.training.report import startup, write_report
 
 HEARTBEAT_EVERY_S = 10.0
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
@@ -250,6 +250,7 @@ def _finish(
         console.print(f"Gate passed: {alive} within {result.gate.largest_difference:.2g} nats", highlight=False)
     if manifest:
         console.print(f"Published [bold]{manifest.ref}[/]  (sha256 {manifest.digest[:12]})", highlight=False)
+    console.print(f"From the command to the first step: {startup(run)}", highlight=False)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 

@@ -21,6 +21,12 @@ def write_report(run: Run, resolved: ResolvedRun, plan: RunPlan, result: TrainRe
     return uri
 
 
+def startup(run: Run) -> str:
+    """The seconds from the command to the first step of the newest attempt, and where they went."""
+    lines = [event["text"] for event in run.events() if event["kind"] == "ready"]
+    return lines[-1] if lines else "unknown"
+
+
 def loss_curve(rows: list[dict[str, Any]]) -> bytes:
     """A PNG of training loss and, where measured, held-out loss, by step."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,6 +74,7 @@ def _page(
         f"{rows[-1]['train/loss']:.4f} nats per trained token",
         "held-out loss": held_out,
         "speed": f"median {sorted(rates)[len(rates) // 2]:.0f} tokens/s over all workers",
+        "start-up": startup(run),
         "peak memory": f"{rows[-1]['memory/peak_bytes'] / 2**30:.2f} GiB (worker 0)",
         "head": result.head,
         "packing": result.packing,

@@ -9,18 +9,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from service import storage
 from service.domain import RunState
-from service.runs import Run, list_runs
+from service.runs import Run
 from service.settings import Settings
 from tests.integration import small_runs
+from tests.integration.drivers import checkpoints, train_workers, training, trains
 from tests.integration.place import ROOT, Place, base, losses, place, wait_until
 from tests.integration.stoppable_endpoint import Endpoint, endpoint
 
@@ -28,39 +26,6 @@ __all__ = ["base", "endpoint", "place"]  # fixtures
 pytest_plugins = ("tests.s3_endpoint",)
 pytestmark = pytest.mark.long
 LONG = ("--set", "optim.epochs=60", "--set", "publish=null")  # 240 steps: the fault finds it in the middle
-
-
-@contextmanager
-def training(place: Place, *overrides: str) -> Iterator[tuple[Run, subprocess.Popen[str]]]:
-    """A driver in a process of its own, and its run; ended at the end whatever happens."""
-    before = len(list_runs(place.settings.home))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", str(place.run_file), *overrides],
-        env=place.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    with process:
-        try:
-            wait_until(
-                lambda: process.poll() is not None or len(list_runs(place.settings.home)) > before, "a run exists"
-            )
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            yield place.newest(), process
-        finally:
-            process.kill()
-
-
-def workers_of(driver: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The Ray Train workers on this machine that train now: the test session has one cluster, and one run at a time."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
-
-
-def checkpoints(run: Run) -> list[int]:
-    names = storage.list_names(run.path("checkpoints"))
-    return [int(name) for name in names if storage.exists(run.path("checkpoints", name, "checkpoint.json"))]
-
-
-def trains(run: Run, attempt: int) -> bool:
-    return any(name.startswith(f"a{attempt}-r0") for name in storage.list_names(run.path("metrics")))
 
 
 def ledger_line(place: Place, run: Run) -> dict[str, object]:
@@ -73,7 +38,7 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself_to_the_same_losses(place
     whole = place.newest()
     with training(place, *LONG) as (run, driver):
         wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
-        workers_of(driver)[-1].send_signal(signal.SIGKILL)
+        train_workers()[-1].send_signal(signal.SIGKILL)
         output = driver.communicate(timeout=240)[0]
     assert driver.returncode == 0, output[-3000:]
     assert "was killed, or its node went away" in output and "Attempt 2 begins" in output, output[-3000:]
@@ -91,28 +56,11 @@ def test_workers_that_die_again_and_again_without_a_checkpoint_end_the_run(place
     with training(place, *never) as (run, driver):
         for attempt in (1, 2):
             wait_until(functools.partial(trains, run, attempt), f"attempt {attempt} trains")
-            workers_of(driver)[0].send_signal(signal.SIGKILL)
+            train_workers()[0].send_signal(signal.SIGKILL)
         output = driver.communicate(timeout=240)[0]
     assert driver.returncode == 1, output[-3000:]
     assert run.status().state is RunState.FAILED
     assert "was killed" in run.status().message
-
-
-def test_a_run_of_two_workers_goes_on_with_one_and_every_draw_happens_once(place: Place) -> None:
-    slow = (*LONG, "--set", "optim.lr=1e-3")  # at ten times the rate rounding alone grows to 1 % in 240 steps
-    place.train(str(place.run_file), *slow)
-    whole = place.newest()
-    with training(place, *slow) as (run, driver):
-        wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
-        place.loray("runs", "stop", run.id)
-        assert driver.wait(timeout=120) == 0
-    first = run.status().step
-    assert first is not None and first < 240 and run.status().state is RunState.STOPPED
-    place.train("--resume", run.id, "--set", "scale.workers=1")
-    assert run.status().state is RunState.SUCCEEDED
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-3)
-    assert [sorted(row["ids"]) for row in run.ledger()] == [sorted(row["ids"]) for row in whole.ledger()]
-    ledger_line(place, run)
 
 
 @pytest.fixture

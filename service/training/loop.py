@@ -28,7 +28,7 @@ import torch
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
 from service.data import prepare
-from service.errors import LorayError, ModelError, TrainingError
+from service.errors import LorayError, ModelError, NotFoundError, StorageError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
 from service.training import handover, methods, optim, start_checks, strategy
@@ -90,7 +90,7 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
-    run = Run.open(job.home, job.run_id)
+    run = _open(job, world)
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
@@ -105,6 +105,17 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     for close in reversed(closing):
         close()
     return replace(result, seconds=time.monotonic() - started)
+
+
+def _open(job: TrainJob, world: World) -> Run:
+    try:
+        return Run.open(job.home, job.run_id)
+    except NotFoundError as error:
+        raise StorageError(
+            f"worker {world.rank} on {world.place} does not find the run in LORAY_HOME, {job.home}: there it is not the "
+            "driver's. Set LORAY_HOME to an s3:// URI, or to a directory that every node mounts at the same path; "
+            "loray doctor looks at all nodes."
+        ) from error
 
 
 def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> None:

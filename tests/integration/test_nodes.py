@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,22 @@ def place(nodes: Any, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) 
     return Place("", settings, environment, run_file)
 
 
+@contextmanager
+def node_with_a_directory_of_its_own(nodes: Any, home: Path) -> Iterator[None]:
+    """A node of one CPU that has an empty file system where the others have `home`: a mount that nobody else sees."""
+    home.mkdir(parents=True)
+    script = 'mount -t tmpfs tmpfs "$0" && exec "$@"'
+    if subprocess.run(["unshare", "-m", "bash", "-c", script, str(home), "true"], check=False).returncode:
+        pytest.skip("mounting needs root, or a container that may")
+    ray = [str(Path(sys.executable).parent / "ray"), "start", "--address", nodes.address, "--num-cpus", "1", "--block"]
+    command = ["unshare", "-m", "bash", "-c", script, str(home), *ray, "--node-ip-address", "127.0.0.9"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as node:
+        try:
+            yield
+        finally:
+            node.terminate()
+
+
 def workers(run: Run) -> int:
     return int(run.status().details.get("workers", 0))
 
@@ -77,6 +94,15 @@ def test_workers_on_two_nodes_train_together(place: Place) -> None:
         event["text"].split(" on ")[1].split(", process")[0] for event in run.events() if event["kind"] == "worker"
     }
     assert len(places) == 2, places  # each worker on a Ray node of its own
+
+
+def test_a_home_that_a_node_does_not_share_is_told_with_what_to_set(place: Place, nodes: Any) -> None:
+    with node_with_a_directory_of_its_own(nodes, Path(place.settings.home)):
+        output = place.train(str(place.run_file), "--set", "scale.workers=3", expect=1)
+    assert (
+        "does not find the run in LORAY_HOME" in output and "an s3:// URI, or to a directory that every node" in output
+    )
+    assert place.newest().status().state is RunState.FAILED
 
 
 def test_a_run_shrinks_when_a_node_goes_and_grows_when_one_comes_and_loses_no_draw(

@@ -209,7 +209,9 @@ class CheckpointBlock(Block):
 
     every: CheckpointEveryBlock = CheckpointEveryBlock(steps=50)
     keep_last: int = Field(default=2, ge=1)
-    keep_best: int = Field(default=0, ge=0)  # with 1 or more, the best one is what is saved as the model
+    keep_best: int = Field(
+        default=0, ge=0
+    )  # with 1 or more, or stop.patience, the best one is what is saved as the model
     retry_s: float = Field(default=300.0, ge=0)  # how long storage may be away before the run fails
 
 
@@ -265,7 +267,12 @@ class RunConfig(Block):
 
     @classmethod
     def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """What counts evaluations needs some to count."""
+        """What counts evaluations needs some to count, and evaluations need rows."""
+        if value_at(values, "data.eval") is None:
+            for key in ("evaluate.at_start", "evaluate.every.steps"):
+                value = value_at(values, key)
+                if value is True or (type(value) is int and value > 0 and key.endswith("steps")):
+                    yield f"{key}: there are no rows to evaluate on. Set data.eval, or leave {key} out."
         needed = {"data.eval": value_at(values, "data.eval")}
         every = value_at(values, "evaluate.every.steps")
         needed["evaluate.every.steps"] = every if _is_positive(every) else None

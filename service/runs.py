@@ -17,6 +17,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -149,10 +150,27 @@ class Run:
         """Asks the workers to checkpoint and stop."""
         storage.write_bytes(self.path("stop"), reason.encode())
 
+    def propose_stop(self, reason: str) -> None:
+        """Asks for the same, unless somebody has asked already."""
+        try:
+            asked, tag = storage.read_tagged(self.path("stop"))
+        except NotFoundError:
+            asked, tag = b"", None
+        if not asked:
+            with suppress(ConflictError):
+                storage.compare_and_swap(self.path("stop"), reason.encode(), tag)
+
+    def withdraw_stop(self, reason: str) -> None:
+        """Takes back a stop for this reason; what somebody else has asked for meanwhile stays."""
+        with suppress(NotFoundError, ConflictError):
+            asked, tag = storage.read_tagged(self.path("stop"))
+            if asked.decode() == reason:
+                storage.compare_and_swap(self.path("stop"), b"", tag)
+
     def stop_requested(self) -> str | None:
         """The reason, where a stop was asked for."""
         try:
-            return storage.read_bytes(self.path("stop")).decode()
+            return storage.read_bytes(self.path("stop")).decode() or None
         except NotFoundError:
             return None
 

@@ -8,7 +8,6 @@ may be given messages of its own before them (`base_prompt`: a schema, an exampl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from service.data.formats import Row, read_rows
 from service.domain import ModelRef
 from service.errors import DataError, ModelError
 from service.evaluation.task import TaskScores, score_json
+from service.inference.decoder import longest_context
 from service.inference.engine import GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
 from service.registry import Registry
@@ -67,16 +67,13 @@ class LoadedModel:
             self.engine.load_adapter(self.adapter, published)
 
     def answers(self, prompts: Sequence[Sequence[Message]], *, tuned: bool, max_tokens: int) -> list[str]:
-        """Greedy answers, in order; by the tuned model, or by the base alone."""
-        requests = [
-            GenerationRequest(
-                id=str(index),
-                prompt_ids=tuple(self.renderer.prompt_ids(messages)),
-                sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0),
-                adapter=self.adapter if tuned else None,
-            )
-            for index, messages in enumerate(prompts)
-        ]
+        """Greedy answers, in order; by the tuned model, or by the base alone. As long as fits beside a long prompt."""
+        requests = []
+        for index, messages in enumerate(prompts):
+            ids = tuple(self.renderer.prompt_ids(messages))
+            room = max(1, min(max_tokens, self.engine.max_context - len(ids)))
+            sampling = SamplingParams(max_tokens=room, temperature=0.0)
+            requests.append(GenerationRequest(str(index), ids, sampling, self.adapter if tuned else None))
         shared = tuned or self.adapter is not None
         return (self.engine if shared else self._engine(self._base().path)).generate(requests)
 
@@ -100,7 +97,7 @@ class LoadedModel:
             dtype=torch.bfloat16 if self._config.precision == "bf16" else torch.float32,
             device="cuda" if torch.cuda.is_available() else "cpu",
             num_slots=self._slots,
-            max_context=_max_context(directory, self._config.data.seq_len + 1024),
+            max_context=longest_context(directory, self._config.data.seq_len + 1024),
             max_lora_columns=self.manifest.rank,
         )
 
@@ -126,12 +123,6 @@ def compared(model: str, rows: list[Row], base_answers: list[str], tuned_answers
     references = [row.reference() for row in rows]
     base, tuned = score_json(references, base_answers), score_json(references, tuned_answers)
     return Comparison(model, rows, base_answers, tuned_answers, base, tuned)
-
-
-def _max_context(directory: Path, wanted: int) -> int:
-    """What is wanted, or what the model has positions for."""
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return min(wanted, int(config.get("max_position_embeddings") or wanted))
 
 
 def with_prompt(messages: Sequence[Message], before: Sequence[Message]) -> list[Message]:

@@ -144,12 +144,27 @@ def _checked_config(model_dir: Path, max_context: int, dtype: torch.dtype) -> An
     return text
 
 
+def longest_context(model_dir: Path, wanted: int) -> int:
+    """`wanted` tokens, or as many as the model knows positions for and sees at once."""
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True).get_text_config()
+    limits = (
+        _window(config),
+        *(getattr(config, name, None) for name in ("attention_chunk_size", "max_position_embeddings")),
+    )
+    return min(wanted, *(limit for limit in limits if isinstance(limit, int)))
+
+
+def _window(config: Any) -> int | None:
+    """The sliding window, where some layer has one."""
+    layer_types = getattr(config, "layer_types", None) or []
+    windowed = "sliding_attention" in layer_types or (not layer_types and getattr(config, "use_sliding_window", True))
+    return getattr(config, "sliding_window", None) if windowed else None
+
+
 def _attention_problems(config: Any, max_context: int) -> list[str]:
     layer_types = getattr(config, "layer_types", None) or []
     other = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
-    windowed = "sliding_attention" in layer_types or (not layer_types and getattr(config, "use_sliding_window", True))
-    window = getattr(config, "sliding_window", None) if windowed else None
-    chunk = getattr(config, "attention_chunk_size", None)
+    window, chunk = _window(config), getattr(config, "attention_chunk_size", None)
     problems = []
     if other:
         problems.append(f"layers of type {', '.join(other)}: only full attention is served right in slots.")

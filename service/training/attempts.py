@@ -10,62 +10,77 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from contextlib import suppress
 from dataclasses import replace
 
+import ray.exceptions
+
+from service import logs
 from service.config import RunConfig, ScaleBlock
 from service.errors import OutOfMemoryError, StorageError, WorkerLostError
 from service.runs import Run
 from service.training import placement, trainer
 from service.training.checkpoint import newest_step
 from service.training.loop import TrainJob, TrainResult
+from service.training.patience import Patience
 from service.training.placement import Resources
+from service.training.stop_channel import GROW, LEAVE, MOVES, StopChannel
 
 LOOK_AT_CLUSTER_EVERY_S = 5.0
-GROW = "more workers can be had: going on with them"
-LEAVE = "a node is about to be taken away: going on without it"
 
 Say = Callable[[str], None]
 
 
-def train_to_the_end(job: TrainJob, run: Run, say: Say, poll: Callable[[], None]) -> TrainResult:
+def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll: Callable[[], None]) -> TrainResult:
     """Attempt after attempt, until the run has finished, was asked to stop, or cannot go on.
 
     `poll` is called about twice a second from this thread. Raises the loop's own error, WorkerLostError after
-    `scale.max_failures` losses in a row without a new checkpoint, ClusterError when no workers can be had.
+    `scale.max_failures` losses in a row without a new checkpoint, ClusterError when no workers can be had, StorageError
+    when storage stayed away for `checkpoint.retry_s`.
     """
-    scale = RunConfig.model_validate(job.config).scale
-    failures, newest = 0, newest_step(run.uri)
+    config = RunConfig.model_validate(job.config)
+    scale = config.scale
+    insist = Patience(config.checkpoint.retry_s, "the run's directory", lambda kind, text: say(text)).insist
+    failures, newest = 0, insist(lambda: newest_step(run.uri))
     while True:
-        workers, share = placement.await_workers(scale, say, lambda: run.stop_requested() is not None)
-        run.heartbeat(attempt=job.attempt, workers=workers)
+        found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None)
+        if found is None:
+            return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
+        workers, share = found
+        insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers))  # noqa: B023 - called at once
         try:
-            result = _attempt(job, run, workers, share, scale, poll)
+            result = _attempt(job, run, workers, share, scale, stop, poll)
         except OutOfMemoryError as error:
             if error.micro <= 1:
                 raise
             job = replace(job, micro=error.micro // 2)
             why = f"{error} Trying {job.micro}; the global batch stays."
         except WorkerLostError as error:
-            before, newest = newest, newest_step(run.uri)
+            before, newest = newest, insist(lambda: newest_step(run.uri))
             failures = failures + 1 if newest == before else 1
             if failures > scale.max_failures:
                 raise
             why = f"{error} Failure {failures} of {scale.max_failures} allowed in a row."
         else:
-            if result.stopped not in (GROW, LEAVE):
-                return result
-            why = result.stopped
-            if run.stop_requested() == why:  # and not somebody else's request meanwhile
-                run.clear_stop()
+            reason = stop.asked or insist(run.stop_requested)
+            if result.stopped is None or reason not in MOVES:
+                return replace(result, stopped=result.stopped and (reason or result.stopped))
+            why = reason
+        insist(stop.forget_moves)
+        newest = insist(lambda: newest_step(run.uri))
         job = replace(job, attempt=job.attempt + 1)
-        say(f"Attempt {job.attempt} begins, from the checkpoint of step {newest_step(run.uri) or 0}: {why}")
+        say(f"Attempt {job.attempt} begins, from the checkpoint of step {newest or 0}: {why}")
 
 
 def _attempt(
-    job: TrainJob, run: Run, workers: int, share: Resources, scale: ScaleBlock, poll: Callable[[], None]
+    job: TrainJob,
+    run: Run,
+    workers: int,
+    share: Resources,
+    scale: ScaleBlock,
+    stop: StopChannel,
+    poll: Callable[[], None],
 ) -> TrainResult:
-    """One attempt, in a thread, because this one shows progress, takes the signals and looks at the cluster.
+    """One attempt, in a thread, because this one shows progress, passes signals on and looks at the cluster.
 
     A daemon thread: whoever gives up waiting (a second Ctrl-C) leaves it behind, and the workers end with this process.
     """
@@ -77,29 +92,37 @@ def _attempt(
         except BaseException as error:
             future.set_exception(error)
 
-    leaving = placement.nodes_going_away()
     look_at = time.monotonic() + LOOK_AT_CLUSTER_EVERY_S
+    places: list[str] = []
     threading.Thread(target=fit, name="ray-train", daemon=True).start()
     while not future.done():
         wait([future], timeout=0.5)
+        stop.deliver()
         poll()
         if time.monotonic() >= look_at:
-            reason = _reason_to_move(workers, share, scale, leaving)
-            if reason and not future.done():
-                with suppress(StorageError):  # asked for again; storage that stays away is the workers' to tell
-                    _ask_to_move(run, reason)
+            # Until all workers have spoken, what Ray calls free may be what they are about to take.
+            places = places if len(places) == workers else _places(run, job.attempt)
+            if len(places) == workers and (reason := _reason_to_move(places, share, scale)) and not future.done():
+                stop.move(reason)
             look_at = time.monotonic() + LOOK_AT_CLUSTER_EVERY_S
     return future.result()
 
 
-def _ask_to_move(run: Run, reason: str) -> None:
-    if run.stop_requested() is None:
-        run.request_stop(reason)
+def _places(run: Run, attempt: int) -> list[str]:
+    """Where the workers of this attempt are, as each has said in its first event; fewer while some have not."""
+    try:
+        rows = logs.read_rows(run.path("events"))
+    except StorageError:
+        return []  # asked for again
+    return [row["place"] for writer, row in rows if writer.startswith(f"a{attempt}-r") and row["kind"] == "worker"]
 
 
-def _reason_to_move(workers: int, share: Resources, scale: ScaleBlock, leaving: set[str]) -> str | None:
-    if placement.nodes_going_away() - leaving:
+def _reason_to_move(places: list[str], share: Resources, scale: ScaleBlock) -> str | None:
+    try:
+        going = placement.nodes_going_away()
+        room = placement.room_for(placement.Cluster.current(), share) if len(places) < scale.max_workers else 0
+    except (ray.exceptions.RayError, RuntimeError, OSError):
+        return None  # the head may be restarting, and the workers train on: asked again in a few seconds
+    if any(placement.is_at(place, node) for place in places for node in going):
         return LEAVE
-    if workers < scale.max_workers and placement.room_for(placement.Cluster.current(), share) > 0:
-        return GROW
-    return None
+    return GROW if room > 0 else None

@@ -27,6 +27,7 @@ class Batches:
     def __init__(self, config: RunConfig, world: World, longest_first: npt.NDArray[np.int64], micro: int) -> None:
         self.world, self.micro = world, micro
         self.capacity: int | None = None  # tokens of a sequence that rows share; None: a row each
+        self.precision = config.precision
         self._dtype = COMPUTE[config.precision]
         self._longest_first = longest_first
 
@@ -70,7 +71,7 @@ def make_plan(config: RunConfig, lengths: npt.NDArray[np.int64]) -> planner.Plan
 
 
 def micro_sequences(
-    config: RunConfig, lengths: npt.NDArray[np.int64], world_size: int, *, packed: bool = True, gpu: bool = False
+    config: RunConfig, lengths: npt.NDArray[np.int64], world_size: int, *, gpu: bool, packed: bool = True
 ) -> int:
     """Sequences of a micro-batch: as the config says, or by itself. Not `packed`: the model cannot keep rows apart."""
     if config.memory.micro == "auto":

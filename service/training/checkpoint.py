@@ -119,6 +119,19 @@ def checkpoint_at(
     return found
 
 
+def is_there(run_uri: str, step: int, world: World, *, retry_s: float = AWAY_S, event: Event = _silent) -> bool:
+    """Whether this step has a completed checkpoint, unverified. A collective. Raises StorageError when nobody can tell."""
+    index = storage.join(layout.directory_of(run_uri, step), layout.INDEX)
+    patience = _patience(run_uri, retry_s, f"checkpoint of step {step}", event)
+    found, problem = False, None
+    try:
+        found = world.rank == 0 and patience.insist(lambda: storage.exists(index))
+    except LorayError as error:
+        problem = error
+    _raise_together(world, problem)
+    return world.any(found)
+
+
 def newest_step(run_uri: str) -> int | None:
     """The step of the newest checkpoint that was completed, unverified; None without one. Not a collective."""
     for step in reversed(layout.steps_of(run_uri)):

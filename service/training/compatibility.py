@@ -138,6 +138,16 @@ def _base(config: RunConfig, architecture: Any | None) -> Iterator[str]:
             "ones. Name the original model; method.type: qlora quantises it as it loads."
         )
 
+    if architecture is not None and isinstance(config.method, FullBlock) and _is_multimodal(architecture):
+        yield (
+            f"method.type full with model.id {config.model.id}: it has towers for images or sounds, which text does not "
+            "train. Set method.type: lora, which leaves them as they are, or take the text model alone."
+        )
+
+
+def _is_multimodal(architecture: Any) -> bool:
+    return any(getattr(architecture, name, None) is not None for name in ("vision_config", "audio_config"))
+
 
 def _schedule(config: RunConfig, num_steps: int) -> Iterator[str]:
     optim = config.optim
@@ -225,11 +235,6 @@ def _learning(config: RunConfig, figures: Figures) -> Iterator[str]:
         yield "precision fp16 without a GPU is slower than bf16, and has to search for its loss scale: precision: bf16."
     if not (config.checkpoint.every.steps or config.checkpoint.every.minutes):
         yield "checkpoint.every is off: a run that loses a worker begins anew."
-    if config.stop.patience and not config.checkpoint.keep_best:
-        yield (
-            f"stop.patience {config.stop.patience} saves the last weights, evaluated worse than earlier ones: "
-            "checkpoint.keep_best: 1 saves the best."
-        )
 
 
 def _serving(config: RunConfig) -> Iterator[str]:

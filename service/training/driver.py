@@ -34,6 +34,7 @@ from service.training.loop import TrainJob, TrainResult
 from service.training.plan import RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
+from service.training.stop_channel import StopChannel
 
 HEARTBEAT_EVERY_S = 10.0
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
@@ -179,18 +180,20 @@ def _source(name: str, plan: RunPlan) -> str:
 
 def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
     launcher.connect()
-    with _stop_on_signal(run, console), ProgressView(run, plan.num_steps, console) as view:
-        return train_to_the_end(job, run, view.say, view.poll)
+    stop = StopChannel(run)
+    with _stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
+        return train_to_the_end(job, run, stop, view.say, view.poll)
 
 
 @contextmanager
 def _heartbeat(run: Run) -> Iterator[None]:
-    """Tell the world, from a thread of its own, that this driver lives. A storage that hiccups is asked again."""
+    """Tell the world, from a thread of its own, that this driver lives. Storage that hiccups, or a mount that is away for a
+    moment, is asked again."""
     ended = threading.Event()
 
     def beat() -> None:
         while not ended.wait(HEARTBEAT_EVERY_S):
-            with suppress(StorageError):
+            with suppress(LorayError):
                 run.heartbeat()
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -214,13 +217,13 @@ def _warn_of_short_notice(console: Console) -> None:
 
 
 @contextmanager
-def _stop_on_signal(run: Run, console: Console) -> Iterator[None]:
+def _stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
     """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting."""
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and run.stop_requested():
+        if number == signal.SIGINT and stop.asked:
             raise KeyboardInterrupt
-        run.request_stop(f"{signal.Signals(number).name} at the driver")
+        stop.ask(f"{signal.Signals(number).name} at the driver")
         console.print("Stopping after this step, with a checkpoint ... (Ctrl-C again to give up)", highlight=False)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}

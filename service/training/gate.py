@@ -42,11 +42,15 @@ ROUNDED_FLOORS = {"fp32": 1e-4, "bf16": 0.5, "fp16": 0.0625}
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows and what the trainer gave them: one list of log-probabilities (nats) over all supervised tokens, in order."""
+    """Rows and what the trainer gave them: one list of log-probabilities (nats) over all supervised tokens, in order.
+
+    Computed by PEFT's and transformers' own products, as the gate will: how far the trainer's faster ones are from those is
+    looked at before (`handover.make_probe`).
+    """
 
     examples: list[tuple[list[int], list[int]]]  # ids, mask
     log_probs: list[float]
-    noise: float  # the trainer's own largest difference: a batch or single rows, fused or plain products
+    noise: float  # the trainer's own largest difference between a batch and single rows
     weights: dict[str, dict[str, str]] = field(
         default_factory=dict
     )  # of a full model: `saved_weights.WeightDigests.of`
@@ -132,6 +136,8 @@ def check(job: GateJob) -> tuple[GateReport | None, list[str]]:
     except (ModelError, OSError, ValueError, KeyError, RuntimeError) as error:
         # Whatever stops transformers or PEFT from loading it would stop its users.
         return None, [*found.reasons, f"it cannot be loaded: {type(error).__name__}: {error}"]
+    if not all(map(math.isfinite, reloaded)):
+        return None, [*found.reasons, "the saved model gives log-probabilities that are not finite."]
     report = _report(job, found, reloaded, noise, _base_values(job))
     return report, [*found.reasons, *_differences(report)]
 

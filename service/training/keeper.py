@@ -12,7 +12,14 @@ from pathlib import Path
 from service.config import RunConfig
 from service.errors import ModelError
 from service.runs import Run
-from service.training.checkpoint import Checkpoint, CheckpointSaver, Identity, checkpoint_at, newest_checkpoint
+from service.training.checkpoint import (
+    Checkpoint,
+    CheckpointSaver,
+    Identity,
+    checkpoint_at,
+    is_there,
+    newest_checkpoint,
+)
 from service.training.stopping import Progress
 from service.training.strategy import Strategy, World
 
@@ -61,7 +68,17 @@ class Keeper:
             changed = f" (not bit for bit: {'; '.join(checkpoint.changes)})" if checkpoint.changes else ""
             self._event("resumed", f"from the checkpoint of step {checkpoint.step}{changed}")
             self._saved_step = checkpoint.step
-            return checkpoint.step
+        self._forget_a_best_that_was_not_kept()
+        return self._saved_step
+
+    def _forget_a_best_that_was_not_kept(self) -> None:
+        """Where `stop.patience` or `checkpoint.keep_best` was set only on resuming: the best starts anew."""
+        best, retry_s = self.progress.best_step, self._config.checkpoint.retry_s
+        if not self._keeps_best or best is None:
+            return
+        if not is_there(self._run.uri, best, self._world, retry_s=retry_s, event=self._event):
+            self.progress = Progress()
+            self._event("best_forgotten", f"step {best} was the best so far, and its checkpoint was not kept")
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether a checkpoint belongs after this step. The same answer on all workers: the minutes are the first one's."""

@@ -142,7 +142,7 @@ class _Session:
         closing.append(self.watch.close)
         self.born = time.time()
         where = f"{world.rank} of {world.size} on {world.place}, process {os.getpid()}"
-        self.events.append({"time": time.time(), "kind": "worker", "text": where})
+        self.events.append({"time": time.time(), "kind": "worker", "text": where, "place": world.place})
         cache = Path(job.cache)
         base = _verified_base(job, cache)
         self.rows = prepare.load(job.train_digest, home=job.home, cache=cache)
@@ -179,7 +179,7 @@ class _Session:
                     self.watch.moved(f"checkpoint of step {step}")
                     self.keeper.take(step)
                 if stop and step < self.plan.num_steps:
-                    stopped = self.run.stop_requested() or "asked to stop"
+                    stopped = self.watch.stop_reason or "asked to stop"  # another worker may have seen the reason first
         self.keeper.saver.wait()
         if stopped is None and (best := self.keeper.back_to_the_best(step)) != step:
             step, last = best, self._metrics_of(best)

@@ -21,22 +21,30 @@ Resources = dict[str, float]
 
 @dataclass(frozen=True)
 class Cluster:
-    """The resources of each living node, and what is free in all."""
+    """The resources of each living node, and what is free on each, in the same order."""
 
     nodes: tuple[Resources, ...]
-    free: Resources
+    free: tuple[Resources, ...]
 
     @classmethod
     def current(cls) -> Cluster:
         """As Ray sees it now."""
         import ray
+        from ray._private.state import available_resources_per_node  # a DeveloperAPI; the public one gives only sums
 
-        nodes = tuple(dict(node["Resources"]) for node in ray.nodes() if node["Alive"])
-        return cls(nodes, dict(ray.available_resources()))
+        free = available_resources_per_node()
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        return cls(
+            tuple(dict(node["Resources"]) for node in alive), tuple(dict(free.get(n["NodeID"], {})) for n in alive)
+        )
 
     def total(self, kind: str) -> float:
         """Of one kind of resource, on all nodes."""
         return sum(node.get(kind, 0.0) for node in self.nodes)
+
+    def total_free(self, kind: str) -> float:
+        """The same of what nobody has."""
+        return sum(node.get(kind, 0.0) for node in self.free)
 
 
 def share_of(cluster: Cluster, scale: ScaleBlock) -> Resources:
@@ -47,7 +55,7 @@ def share_of(cluster: Cluster, scale: ScaleBlock) -> Resources:
     if cluster.total("GPU"):
         return {"CPU": 1, "GPU": 1}
     smallest = min((int(node["CPU"]) for node in cluster.nodes if node.get("CPU")), default=1)
-    for cpus in (cluster.total("CPU"), cluster.free.get("CPU", 0.0)):
+    for cpus in (cluster.total("CPU"), cluster.total_free("CPU")):
         share: Resources = {"CPU": max(1, min(int(cpus // scale.max_workers), smallest))}
         if room_for(cluster, share) >= scale.min_workers:
             break
@@ -55,14 +63,15 @@ def share_of(cluster: Cluster, scale: ScaleBlock) -> Resources:
 
 
 def room_for(cluster: Cluster, share: Resources) -> int:
-    """How many more workers could be placed: within what is free, and whole on single nodes."""
-    free = min(int(cluster.free.get(kind, 0.0) // amount) for kind, amount in share.items())
-    whole = sum(min(int(node.get(kind, 0.0) // amount) for kind, amount in share.items()) for node in cluster.nodes)
-    return min(free, whole)
+    """How many more workers could be placed, each whole on what one node has free."""
+    return sum(min(int(node.get(kind, 0.0) // amount) for kind, amount in share.items()) for node in cluster.free)
 
 
-def await_workers(scale: ScaleBlock, say: Callable[[str], None], stop: Callable[[], bool]) -> tuple[int, Resources]:
-    """The number of workers to start now and what each gets. Waits `scale.wait_s` at most; an autoscaler is asked.
+def await_workers(
+    scale: ScaleBlock, say: Callable[[str], None], stop: Callable[[], bool]
+) -> tuple[int, Resources] | None:
+    """The number of workers to start now and what each gets; None once `stop`. Waits `scale.wait_s` at most; an autoscaler is
+    asked.
 
     Raises ClusterError when the time is over, or at once where nothing can come: a Ray that this process has started.
     """
@@ -81,7 +90,7 @@ def await_workers(scale: ScaleBlock, say: Callable[[str], None], stop: Callable[
             if waited >= scale.wait_s or (launcher.started_here() and _never(cluster, share, scale.min_workers)):
                 raise ClusterError(f"{missing} Lower scale.workers, add nodes, or raise scale.wait_s.")
             if stop():
-                raise ClusterError(f"stopped while waiting: {missing}")
+                return None
             if waited - told >= TELL_EVERY_S:
                 say(f"{missing} Waiting, {scale.wait_s - waited:.0f} s more at most (--no-wait fails at once).")
                 told = waited
@@ -96,14 +105,13 @@ def await_workers(scale: ScaleBlock, say: Callable[[str], None], stop: Callable[
 
 def _missing(cluster: Cluster, share: Resources, workers: int, room: int) -> str:
     wanted = " and ".join(f"{amount:g} {kind}" for kind, amount in share.items())
-    have = ", ".join(f"{cluster.free.get(kind, 0.0):g} of {cluster.total(kind):g} {kind} free" for kind in share)
+    have = ", ".join(f"{cluster.total_free(kind):g} of {cluster.total(kind):g} {kind} free" for kind in share)
     return f"{workers} worker(s) with {wanted} each are wanted, {room} can be placed: the cluster has {have}."
 
 
 def _never(cluster: Cluster, share: Resources, workers: int) -> bool:
     """Whether even an empty cluster of these nodes could not hold the workers."""
-    empty = Cluster(cluster.nodes, {kind: cluster.total(kind) for kind in share})
-    return room_for(empty, share) < workers
+    return room_for(Cluster(cluster.nodes, cluster.nodes), share) < workers
 
 
 def _ask_autoscaler(bundles: Sequence[Resources]) -> None:
@@ -115,8 +123,16 @@ def _ask_autoscaler(bundles: Sequence[Resources]) -> None:
 
 def nodes_going_away() -> set[str]:
     """Ids of nodes that Ray was told will be taken away soon (a preemption notice)."""
-    import ray
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # what Serve asks; the public call is a barrier
+    from ray._private.state import state  # where Ray Train's own watcher asks; the public call is a barrier
 
-    client = GcsClient(address=ray.get_runtime_context().gcs_address)
-    return {str(node) for node in client.get_draining_nodes()}
+    return set(state.get_draining_nodes())
+
+
+def place_of(host: str, node_id: str) -> str:
+    """What a worker says of where it is."""
+    return f"{host}, Ray node {node_id[:8]}"
+
+
+def is_at(place: str, node_id: str) -> bool:
+    """Whether a worker that has said `place` is on this node."""
+    return place.endswith(f"Ray node {node_id[:8]}")

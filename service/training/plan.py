@@ -94,7 +94,8 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str,
     train, held_out = _prepared_before(digests, settings) if digests else _prepared(config, base, settings)
     rows = prepare.load(train.digest, home=settings.home, cache=settings.cache)
     steps = make_plan(config, rows.lengths)
-    compatibility.refuse_steps(config, steps.num_steps, train.longest, architecture)
+    longest = max(train.longest, held_out.longest if held_out else 0)
+    compatibility.refuse_steps(config, steps.num_steps, longest, architecture)
     skeleton = methods.skeleton(base.path, config)
     trainable_bytes, frozen_bytes = methods.weight_bytes(skeleton, config)
     drawn = [steps.rows(step) for step in range(steps.num_steps)]
@@ -104,7 +105,7 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str,
         eval=held_out,
         num_steps=steps.num_steps,
         steps_per_epoch=steps.steps_per_epoch,
-        micro=micro_sequences(config, rows.lengths, config.scale.max_workers),
+        micro=micro_sequences(config, rows.lengths, config.scale.max_workers, gpu=torch.cuda.is_available()),
         total_tokens=sum(int(rows.lengths[step].sum()) for step in drawn),
         supervised_tokens=sum(int(rows.supervised[step].sum()) for step in drawn),
         total_parameters=sum(p.numel() for p in skeleton.parameters()),
@@ -145,7 +146,7 @@ def _work(config: RunConfig, rows: TokenRows, device: torch.device) -> Work:
     """The largest micro-batch of the run, and whatever else decides how much of it is in memory at once."""
     workers = config.scale.min_workers  # with the fewest, each has the most
     steps = make_plan(config, rows.lengths)
-    micro = micro_sequences(config, rows.lengths, workers)
+    micro = micro_sequences(config, rows.lengths, workers, gpu=device.type == "cuda")
     batches = Batches(config, World(0, workers, device), np.argsort(-rows.lengths, kind="stable"), micro)
     batches.capacity = config.data.seq_len if config.data.pack == "auto" else None
     looked_at = range(0, steps.num_steps, max(1, steps.num_steps // LOOKED_AT_STEPS))

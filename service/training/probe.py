@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ class _Trial:
         world, workers = World.current(), config.scale.max_workers
         self._rows = rows = prepare.load(job.train_digest, home=job.home, cache=Path(job.cache))
         self.plan = make_plan(config, rows.lengths)
-        order, micro = np.argsort(-rows.lengths, kind="stable"), micro_sequences(config, rows.lengths, workers)
+        order = np.argsort(-rows.lengths, kind="stable")
+        self._micro = partial(micro_sequences, config, rows.lengths, workers, gpu=world.device.type == "cuda")
+        micro = self._micro()
         self._alone = Batches(config, world, order, micro)
         self._batches = Batches(config, World(0, workers, world.device), order, micro)
         with strategy.loading(config):
@@ -137,6 +140,8 @@ class _Trial:
         start_checks.check_head(self._objective, self._alone, self._rows, first, config.precision)
         if config.data.pack == "auto":
             start_checks.check_packing(self._objective, self._alone, self._rows, first, config.data.seq_len)
+            if self._alone.capacity is None:
+                self._alone.micro = self._batches.micro = self._micro(packed=False)
         self._batches.capacity = self._alone.capacity
         self._make([self._alone.largest(self._rows)])
 

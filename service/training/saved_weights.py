@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,7 @@ def tensor_digest(tensor: torch.Tensor) -> str:
 def inspect_model(saved: Weights, base: Weights, *, fixed: Iterable[str], digests: Digests) -> Findings:
     """A full model against its base, in one pass over both. `fixed` names buffers, which no training moves."""
     flaws, still = _Flaws(), set(fixed)
+    alive: list[str] = []
     dead: list[str] = []
     strange: list[str] = []
     found = Findings([])
@@ -129,12 +131,15 @@ def inspect_model(saved: Weights, base: Weights, *, fixed: Iterable[str], digest
         if before is None:
             found.uncompared += 1
         elif not _same(tensor, before):
-            found.alive += 1
+            alive.append(name)
         elif held is not None and held["float32"] != tensor_digest(before.float()):
-            found.alive += 1
+            alive.append(name)
             found.rounded_away += 1
         else:
             dead.append(name)
+    moved = {_trained_as(name) for name in alive}
+    dead = [name for name in dead if _trained_as(name) not in moved]
+    found.alive = found.total - found.uncompared - len(dead)
     found.reasons += flaws.reasons("the model's files hold no tensor.")
     found.loadable = not found.reasons
     if strange:
@@ -146,6 +151,12 @@ def inspect_model(saved: Weights, base: Weights, *, fixed: Iterable[str], digest
     if found.total and found.uncompared == found.total:
         found.reasons.append("no tensor has a name that the base's files have, so nothing shows that any was trained.")
     return found
+
+
+def _trained_as(name: str) -> str:
+    """The parameter that a saved tensor was part of: experts are trained as one and saved one by one, and an expert that
+    no token was sent to has not moved."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
 
 
 def inspect_adapter(

@@ -77,13 +77,15 @@ def out_of_memory_as_ours(micro: int, world: World) -> Iterator[None]:
     """Turns PyTorch's ways of saying so into an OutOfMemoryError."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        # PyTorch's CPU allocator has no class of its own for this.
-        if type(error) is RuntimeError and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's CPU allocator has no class of its own for this, and cuBLAS says it in a RuntimeError.
+        said = any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+        if not said and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
+        what = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise OutOfMemoryError(
             f"a micro-batch of {micro} sequence(s) does not fit worker {world.rank}: "
-            f"{str(error).splitlines()[0][:200]}. Lower memory.micro, or set memory.checkpoint_activations: true.",
+            f"{what}. Lower memory.micro, or set memory.checkpoint_activations: true.",
             micro,
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ class Progress:
         value = metrics.get(stop.metric)
         if value is None:
             return self
-        if self.best is None or value < self.best - stop.min_delta:
+        if math.isfinite(value) and (self.best is None or value < self.best - stop.min_delta):
             return Progress(value, step, 0)
         return Progress(self.best, self.best_step, self.evaluations_since_best + 1)
 

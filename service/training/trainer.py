@@ -15,6 +15,7 @@ from typing import Any
 
 from service import launcher
 from service.errors import ClusterError, LorayError, TrainingError, WorkerLostError
+from service.training import placement
 from service.training.loop import Metrics, TrainJob, TrainResult, train
 from service.training.strategy import World, is_lost_peer
 
@@ -47,6 +48,8 @@ def fit(job: TrainJob, workers: int, resources: dict[str, float]) -> TrainResult
         result: TrainResult = trainer.fit().return_value
     except ray.train.WorkerGroupError as error:
         raise _cause(error.worker_failures, job) from error
+    except ray.train.PreemptionError as error:
+        raise WorkerLostError(f"a node of {job.run_id} was taken away: {error}") from error
     except ray.train.ControllerError as error:
         raise WorkerLostError(f"Ray Train could not start or keep {workers} worker(s): {error}") from error
     except ray.train.TrainingFailedError as error:
@@ -68,9 +71,9 @@ def _work(config: dict[str, Any]) -> TrainResult:
         if "eval/loss" in metrics:
             ray.train.report(metrics)
 
-    node = ray.get_runtime_context().get_node_id()[:8]
+    place = placement.place_of(socket.gethostname(), ray.get_runtime_context().get_node_id())
     try:
-        return train(job, World.current(f"{socket.gethostname()}, Ray node {node}"), report)
+        return train(job, World.current(place), report)
     except RuntimeError as error:
         if is_lost_peer(error):
             raise WorkerLostError(
@@ -85,11 +88,10 @@ def _cause(failures: dict[int, Exception], job: TrainJob) -> LorayError:
     ours = [error for chain in chains.values() for error in chain if isinstance(error, LorayError)]
     for error in sorted(ours, key=lambda error: isinstance(error, WorkerLostError)):  # who lost a peer knows least
         return error
-    import ray.exceptions
-
-    deaths = (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
     for rank, chain in sorted(chains.items()):
-        if any(isinstance(error, deaths) for error in chain):
+        if not any(
+            hasattr(error, "_base_exc") for error in chain
+        ):  # nothing that the loop has raised: it had no time to
             return WorkerLostError(f"worker {rank} of {job.run_id} was killed, or its node went away: {failures[rank]}")
     rank, failure = min(failures.items())
     return TrainingError(

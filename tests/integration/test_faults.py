@@ -72,7 +72,7 @@ def on_s3(place: Place, endpoint: Endpoint, s3_home: str) -> Place:
     return Place("", Settings(s3_home, place.settings.cache), environment, place.run_file)
 
 
-LIMIT_KB = 2_500_000
+LIMIT_KB = 3_500_000
 EVERY_20 = (*LONG, "--set", "checkpoint.every.steps=20")
 
 

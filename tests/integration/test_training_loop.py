@@ -128,6 +128,21 @@ def test_a_stopped_and_resumed_run_equals_one_never_stopped_bit_for_bit(run_file
     assert saved_weights(run) == saved_weights(whole)
 
 
+def test_patience_that_is_set_on_resuming_begins_with_a_best_that_can_be_saved(
+    run_file: Path, settings: Settings
+) -> None:
+    often = ["memory.micro=6", "optim.epochs=3", "evaluate.every.steps=1", "checkpoint.every.steps=0", "optim.lr=0.3"]
+    run, job = small_runs.make_job(run_file, settings, often)
+    stopped = train(job, World.current(), functools.partial(stop, run))
+    best = min((row["eval/loss"], row["step"]) for row in run.metrics() if "eval/loss" in row)[1]
+    run.clear_stop()
+    config = {**job.config, "stop": {**job.config["stop"], "patience": 50}}
+    ended = train(dataclasses.replace(job, attempt=2, config=config), World.current())
+    assert stopped.step < ended.step
+    forgotten = [event for event in run.events() if event["kind"] == "best_forgotten"]
+    assert bool(forgotten) == (best != stopped.step)
+
+
 def test_dropout_draws_do_not_depend_on_where_a_run_was_resumed(run_file: Path, settings: Settings) -> None:
     runs = []
     for attempts in (1, 2):

@@ -214,11 +214,6 @@ def test_a_row_longer_than_the_base_knows_positions_is_refused(architecture: Any
         ({"precision": "fp16"}, Figures(2**20, GIB, 16 * GIB, on_gpu=False), "precision fp16 without a GPU"),
         ({"method": "full", "optim": {"lr": 2e-4}}, ROOMY, "optim.lr 0.0002 is 10 times what method.type full"),
         ({"checkpoint": {"every": {"steps": 0}}}, ROOMY, "checkpoint.every is off"),
-        (
-            {"data": {"train": "a", "eval": "b"}, "evaluate": {"every": {"steps": 5}}, "stop": {"patience": 2}},
-            ROOMY,
-            "checkpoint.keep_best: 1 saves the best",
-        ),
         ({"method": "full", "publish": "tickets"}, ROOMY, "a full model is served as a base model of its own"),
         ({"method": {"dora": True}, "publish": "tickets"}, ROOMY, "will not hot-swap this adapter: DoRA"),
         ({"method": {"bias": "lora_only"}, "publish": "tickets"}, ROOMY, "will not hot-swap this adapter: biases"),

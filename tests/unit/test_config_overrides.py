@@ -132,7 +132,7 @@ def test_an_override_makes_workers_a_number_or_a_range(
 
 def test_a_block_that_two_keys_share_is_overridden_for_one_of_them_only(tmp_path: Path) -> None:
     text = f"{SMALL}evaluate: {{every: &often {{steps: 5}}}}\ncheckpoint: {{every: *often}}\n"
-    config = _load(tmp_path, text, "checkpoint.every.steps=7").config
+    config = _load(tmp_path, text, "checkpoint.every.steps=7", "data.eval=held.jsonl").config
     assert (config.evaluate.every.steps, config.checkpoint.every.steps) == (5, 7)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from service.training.gate import GateJob, GateReport, Probe, check
-from service.training.saved_weights import WeightDigests
+from service.training.saved_weights import WeightDigests, Weights, inspect_model
 from tests.integration.tiny import save_base
 from tests.integration.trained import base_with, edit_json, leave_adapter, leave_full
 
@@ -107,6 +107,29 @@ def test_a_zero_update_is_named(adapter: Trained, base: Path, precision: str, tm
     report, reasons = _check("adapter", model, base, adapter[1], precision)
     assert f"1 of {NUM_LINEARS} updates are zero: {LAYER_0}" in reasons
     assert report is not None and report.alive == NUM_LINEARS - 1
+
+
+def test_a_model_that_answers_nothing_finite_is_refused(
+    adapter: Trained, base: Path, precision: str, tmp_path: Path
+) -> None:
+    model = _changed(adapter[0], tmp_path / "x", lambda t: [v.mul_(1e30) for n, v in t.items() if "lora_B" in n])
+    report, reasons = _check("adapter", model, base, adapter[1], precision)
+    assert report is None and "not finite" in reasons
+
+
+def test_an_expert_that_no_token_was_sent_to_is_not_dead_while_the_others_move(tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in (0, 1)]
+    before = {name: torch.ones(2, 2) for name in (*names, "model.norm.weight")}
+    found = []
+    for number, moved in enumerate((names[:1], [])):
+        for part, changed in (("base", []), ("saved", [*moved, "model.norm.weight"])):
+            directory = tmp_path / f"{part}-{number}"
+            directory.mkdir()
+            save_file({n: t + float(n in changed) for n, t in before.items()}, directory / "model.safetensors")
+        of = (Weights.of_model(tmp_path / f"{part}-{number}") for part in ("saved", "base"))
+        found.append(inspect_model(*of, fixed=(), digests={}))
+    assert (found[0].reasons, found[0].alive) == ([], 3)
+    assert "2 of 3 tensors are exactly the base's" in found[1].reasons[0]
 
 
 @in_float32

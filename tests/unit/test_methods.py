@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3Config,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,7 +25,8 @@ from transformers import (
 )
 
 from service.config import LoraBlock, RunConfig
-from service.errors import ModelError
+from service.errors import ConfigError, ModelError
+from service.training.compatibility import refuse
 from service.training.methods import full, quantised
 from service.training.methods.lora import apply_lora
 
@@ -155,6 +157,28 @@ def test_targets_and_patterns_that_name_nothing_are_all_refused_with_what_there_
     said = str(refused.value)
     assert "method.targets ['query']" in said and "method.rank_pattern ['k_prj']" in said
     assert "method.alpha_pattern ['layers.9.*']" in said and "down_proj, gate_proj, k_proj, lm_head" in said
+
+
+def test_patterns_for_layers_that_are_no_targets_are_refused() -> None:
+    with pytest.raises(
+        ModelError, match=r"rank_pattern \['k_proj'\] matches no linear layer that method.targets names"
+    ):
+        _lora(SMALL, targets=["q_proj"], rank_pattern={"k_proj": 4})
+    with pytest.raises(ModelError, match="alpha_pattern"):
+        _lora(SMALL, alpha_pattern={"lm_head": 4})
+
+
+def test_towers_that_no_text_goes_through_get_no_adapters() -> None:
+    text = {**SMALL, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        tuned = apply_lora(model, LoraBlock(r=2), seed=0)
+    trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 7 * 2 and all(".language_model.layers." in name for name in trained)
+    with pytest.raises(ConfigError, match="towers for images or sounds"):
+        refuse(RunConfig.model_validate({"model": "x", "data": {"train": "y"}, "method": "full"}), config)
 
 
 def test_the_transposed_linears_of_gpt2_are_targets_too() -> None:

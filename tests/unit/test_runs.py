@@ -35,6 +35,19 @@ def test_a_run_is_created_whole_and_opened_by_id(home: str) -> None:
     assert opened.status().state == RunState.CREATED
 
 
+def test_a_proposed_stop_gives_way_to_one_that_was_asked_for(home: str) -> None:
+    run = _run(home)
+    run.propose_stop("moving")
+    assert run.stop_requested() == "moving"
+    run.withdraw_stop("moving")
+    assert run.stop_requested() is None
+    run.propose_stop("moving again")
+    run.request_stop("by a person")
+    run.propose_stop("moving")
+    run.withdraw_stop("moving again")
+    assert run.stop_requested() == "by a person"
+
+
 def test_ids_sort_by_time_even_within_a_second(home: str) -> None:
     runs = [_run(home, name) for name in ("c", "a-b", "b")]
     assert list_runs(home) == runs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from service.config import StopBlock
@@ -25,6 +27,8 @@ def _steps_taken(losses: list[float], stop: StopBlock) -> tuple[int, Progress]:
         ([3.0, 2.99, 2.98, 2.97], 2, 0.1, 3, 1),  # lower, but not by min_delta
         ([1.0, 2.0, 3.0, 4.0], 0, 0.0, 4, 1),  # off
         ([1.0, 1.0, 1.0], 2, 0.0, 3, 1),  # equal is not better
+        ([math.nan, 2.0, 1.5, 1.0], 3, 0.0, 4, 4),  # what is no number is no best
+        ([2.0, math.inf, math.nan], 2, 0.0, 3, 1),
     ],
 )
 def test_a_run_stops_after_patience_evaluations_without_a_better_one(

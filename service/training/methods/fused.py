@@ -87,13 +87,14 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         dtype = weight_OI.dtype
-        x_NI, a, b = x.reshape(-1, x.shape[-1]).to(dtype), a_RI.to(dtype), b_OR.to(dtype)
-        h_NR = torch.mm(x_NI, a.T).mul_(scale)
-        y_NO = torch.mm(x_NI, weight_OI.T) if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.T)
-        y_NO.addmm_(h_NR, b.T)
+        with torch.autocast(x.device.type, enabled=False):
+            x_NI, a, b = x.reshape(-1, x.shape[-1]).to(dtype), a_RI.to(dtype), b_OR.to(dtype)
+            h_NR = torch.mm(x_NI, a.T).mul_(scale)
+            y_NO = torch.mm(x_NI, weight_OI.T) if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.T)
+            y_NO.addmm_(h_NR, b.T)
         ctx.save_for_backward(x_NI, weight_OI, a, b, h_NR)
         ctx.scale, ctx.shape, ctx.dtype, ctx.kept = scale, x.shape, x.dtype, a_RI.dtype
-        return y_NO.view(*x.shape[:-1], -1)
+        return y_NO.view(*x.shape[:-1], weight_OI.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:

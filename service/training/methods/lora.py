@@ -49,6 +49,7 @@ def _peft_config(model: torch.nn.Module, method: LoraBlock) -> LoraConfig:
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
         lora_dropout=method.dropout,
         target_modules=method.targets if isinstance(method.targets, str) else list(method.targets),
+        exclude_modules=_outside(model)[1],
         bias=method.bias,
         rank_pattern=dict(method.rank_pattern),
         alpha_pattern=dict(method.alpha_pattern),
@@ -87,14 +88,39 @@ def save_adapter(
 
 
 def _check_names(model: torch.nn.Module, method: LoraBlock) -> None:
-    linears = {name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
+    outside, _ = _outside(model)
+    linears = {
+        name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))
+    } - outside
+    head = model.get_output_embeddings()  # type: ignore[operator]  # transformers' models have it
+    targeted = {name for name in linears if model.get_submodule(name) is not head}
     problems = []
     if not isinstance(method.targets, str):
-        unmatched = [t for t in method.targets if not any(name == t or name.endswith(f".{t}") for name in linears)]
+        unmatched = [t for t in method.targets if not any(_is_named(name, t) for name in linears)]
         problems += [f"method.targets {unmatched} name no linear layer of the model"] if unmatched else []
+        targeted = {name for name in linears if any(_is_named(name, t) for t in method.targets)}
     for key, patterns in (("rank_pattern", method.rank_pattern), ("alpha_pattern", method.alpha_pattern)):
-        unmatched = [p for p in patterns if not any(re.fullmatch(rf"(.*\.)?({p})", name) for name in linears)]
-        problems += [f"method.{key} {unmatched} matches no linear layer of the model"] if unmatched else []
+        unmatched = [p for p in patterns if not any(re.fullmatch(rf"(.*\.)?({p})", name) for name in targeted)]
+        problems += [f"method.{key} {unmatched} matches no linear layer that method.targets names"] if unmatched else []
     if problems:
         known = ", ".join(sorted({name.split(".")[-1] for name in linears}))
         raise ModelError(f"{'; '.join(problems)}. Its linear layers: {known}.")
+
+
+def _is_named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _outside(model: Any) -> tuple[set[str], str | None]:
+    """Linears that no text goes through (towers for images and sounds, which get no gradient from it), and PEFT's pattern
+    that excludes them: whatever is neither inside the text decoder nor the head."""
+    names = {id(module): name for name, module in model.named_modules()}
+    kept = [
+        re.escape(names[id(part)]) for part in (model.get_decoder(), model.get_output_embeddings()) if id(part) in names
+    ]
+    if "" in kept or not kept:
+        return set(), None
+    pattern = rf"(?!({'|'.join(kept)})(\.|$)).*"
+    linears = (name for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D)))
+    outside = {name for name in linears if re.fullmatch(pattern, name)}
+    return outside, pattern if outside else None

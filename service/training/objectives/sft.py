@@ -22,10 +22,10 @@ from service.training.objectives.attention import SHORT, attend_by_example, atte
 from service.training.objectives.head import Head, LogitShape, compute_dtype
 
 PROBE_TOKENS = 256  # of each example that a probe packs
-# Mean nats between an example packed and alone: so much at least, and so much of the mean -log p. Rounding is relative, so
+# Mean nats between two computations of the same: so much at least, and so much of the mean -log p. Rounding is relative, so
 # it grows with the surprise: seen were 1e-6 in float32, in bfloat16 0.01 at 2.5 nats a token (text) and 0.08 at 14 (random
 # tokens, where bfloat16 was 0.09 from float32). Wrong positions or neighbours cost far more.
-PACKING_NOISE = {torch.float32: (1e-4, 0.0), torch.float16: (0.05, 0.02), torch.bfloat16: (0.05, 0.02)}
+ROUNDING = {torch.float32: (1e-4, 0.0), torch.float16: (0.05, 0.02), torch.bfloat16: (0.05, 0.02)}
 
 TokenArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 Integers = npt.NDArray[np.int64]
@@ -78,6 +78,12 @@ def collate(packs: Sequence[Sequence[TokenArrays]], device: torch.device) -> Bat
         scattered(mask, np.zeros(shape, dtype=bool)),
         positions_BT,
     )
+
+
+def rounding_noise(dtype: torch.dtype, log_probs: torch.Tensor) -> float:
+    """How far, in mean nats a token, other products in this type may be from these log-probabilities."""
+    least, share = ROUNDING.get(dtype, ROUNDING[torch.float32])
+    return max(least, share * -float(log_probs.mean()))
 
 
 class SupervisedLoss(torch.nn.Module):
@@ -193,9 +199,8 @@ class SupervisedLoss(torch.nn.Module):
         if not torch.equal(packed[after:], changed[after:]):
             worst = float((packed - changed)[after:].abs().max().item())
             return f"in {name} an example sees the one before it in its sequence ({worst:.2g} nats)"
-        least, share = PACKING_NOISE.get(compute_dtype(next(self.model.parameters())), PACKING_NOISE[torch.float32])
         difference = float((packed - alone).abs().mean().item())
-        if not difference <= max(least, share * -float(alone.mean().item())):
+        if not difference <= rounding_noise(compute_dtype(next(self.model.parameters())), alone):
             return f"in {name} a packed example differs from itself alone (by {difference:.2g} nats a token)"
         return None
 

@@ -40,7 +40,7 @@ def make_probe(objective: SupervisedLoss, batches: Batches, rows: TokenRows) -> 
     if not difference <= bound:
         raise GateError(
             f"the products that this run was trained with differ from PEFT's and transformers' own by {difference:.3g} nats a "
-            f"token, where rounding explains {bound:.2g}. Please report the base model; data.pack: never avoids ours."
+            f"token, where rounding explains {bound:.2g}. That is an error in loray: please report it with the base model's name."
         )
     return Probe(
         examples=[(ids.tolist(), mask.tolist()) for ids, mask in examples],

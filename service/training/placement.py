@@ -21,7 +21,7 @@ Resources = dict[str, float]
 
 @dataclass(frozen=True)
 class Cluster:
-    """The resources of each living node, and what is free on each, in the same order."""
+    """The resources of each node that stays, and what is free on each, in the same order."""
 
     nodes: tuple[Resources, ...]
     free: tuple[Resources, ...]
@@ -32,8 +32,8 @@ class Cluster:
         import ray
         from ray._private.state import available_resources_per_node  # a DeveloperAPI; the public one gives only sums
 
-        free = available_resources_per_node()
-        alive = [node for node in ray.nodes() if node["Alive"]]
+        free, going = available_resources_per_node(), nodes_going_away()
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in going]
         return cls(
             tuple(dict(node["Resources"]) for node in alive), tuple(dict(free.get(n["NodeID"], {})) for n in alive)
         )

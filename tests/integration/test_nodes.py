@@ -133,3 +133,28 @@ def test_a_run_shrinks_when_a_node_goes_and_grows_when_one_comes_and_loses_no_dr
     assert run.status().state is RunState.STOPPED
     check = json.loads(place.loray("runs", "ledger", run.id, "--check", "--json"))
     assert check["steps"] == run.status().step
+
+
+def test_a_run_leaves_a_node_that_is_announced_to_go_before_it_goes(place: Place, nodes: Any) -> None:
+    elastic = ("--set", "scale.workers={min: 1, max: 2}", "--set", "optim.epochs=5000")
+    command = [sys.executable, "-m", "jobs.train", str(place.run_file), *elastic]
+    with subprocess.Popen(command, env=place.environment, cwd=ROOT, stdout=subprocess.DEVNULL) as process:
+        try:
+            wait_until(lambda: process.poll() is not None or bool(list_runs(place.settings.home)), "the run exists")
+            run = place.newest()
+            wait_until(lambda: process.poll() is not None or metrics_of_attempt(run, 1), "it trains")
+            assert workers(run) == 2
+            ray = str(Path(sys.executable).parent / "ray")
+            notice = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--node-id"]
+            place.run(
+                *(ray, "drain-node", "--address", nodes.address, *notice, nodes.workers[-1].node_id),
+                *("--deadline-remaining-seconds", "100"),
+            )
+            wait_until(lambda: metrics_of_attempt(run, 2) and workers(run) == 1, "it goes on with one worker")
+            place.loray("runs", "stop", run.id)
+            assert process.wait(timeout=120) == 0
+        finally:
+            process.kill()
+    assert run.status().state is RunState.STOPPED
+    check = json.loads(place.loray("runs", "ledger", run.id, "--check", "--json"))
+    assert check["steps"] == run.status().step

@@ -5,7 +5,7 @@
 
 Each case is a whole run of `train()` on a random Llama of 86 million parameters in bfloat16: load, two steps, a checkpoint,
 save, gate; `ddp` in one process, ZeRO in two. Measured is the largest resident memory of a worker that no file backs, above
-what the same process had after training a tiny model by the same road, and the weights that stay mapped from their file.
+what the same process had after training a tiny model by the same road, and weights that are mapped from their file.
 glibc gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), so that it does not hide what is needed; `loray train`
 on CPUs keeps it for speed. How much of a checkpoint is still there when the next step needs most depends on storage; the
 plan counts all of it, so `--checkpoint-beside` shows larger errors. Prints the error of each case, and as its last line
@@ -27,12 +27,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-
-if TYPE_CHECKING:
-    from service.training.strategy import World
 
 MIB = 2**20
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -41,6 +38,7 @@ TINY = {"hidden": 64, "intermediate": 64, "layers": 2, "vocabulary": 128}
 MICRO_TOKENS = 1024
 TIME_LIMIT_S = 3600.0
 SAMPLE_EVERY_S = 0.002
+LOOK_AT_MAPS_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -263,9 +261,29 @@ def _watch(worker: subprocess.Popen[str], peaks: list[int], rank: int) -> None:
 
     assert worker.stdout is not None
     baseline = int(next((line for line in worker.stdout if line.startswith("baseline")), "baseline 0").split()[1])
+    mapped, looked_at = 0, 0.0
     while worker.poll() is None:
-        peaks[rank] = max(peaks[rank], own_bytes(str(worker.pid)) - baseline)
+        if time.monotonic() - looked_at > LOOK_AT_MAPS_EVERY_S:
+            mapped, looked_at = _mapped(worker.pid), time.monotonic()
+        peaks[rank] = max(peaks[rank], own_bytes(str(worker.pid)) + mapped - baseline)
         time.sleep(SAMPLE_EVERY_S)
+
+
+def _mapped(pid: int) -> int:
+    """Resident pages of weights that are still those of their file (Linux, proc_pid_smaps(5)): DeepSpeed writes into some."""
+    total = 0
+    of_weights = False
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except OSError:
+        return 0  # it is ending
+    for line in lines:
+        first, *values = line.split()
+        if not first.endswith(":"):
+            of_weights = line.endswith(".safetensors")
+        elif of_weights and first in ("Rss:", "Anonymous:"):
+            total += int(values[0]) * 1024 * (1 if first == "Rss:" else -1)
+    return total
 
 
 def be_worker(file: Path) -> None:
@@ -286,23 +304,9 @@ def be_worker(file: Path) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     jobs = json.loads(file.read_text())
     train(TrainJob(**jobs["tiny"]), World.current())
-    mapped = _mapped(jobs["real"], World.current())
     gc.collect()
-    print(f"baseline {own_bytes() - mapped}", flush=True)
+    print(f"baseline {own_bytes()}", flush=True)
     train(TrainJob(**jobs["real"]), World.current())
-
-
-def _mapped(job: dict[str, Any], world: World) -> int:
-    """Bytes of the weights that the real run will leave in their file's pages: under zero3 all are copied."""
-    from service.config import RunConfig
-    from service.training import methods
-    from service.training.probe import mapped_bytes
-
-    config = RunConfig.model_validate(job["config"])
-    if config.scale.strategy == "zero3":
-        return 0
-    base, cache = Path(job["base_source"]), Path(job["cache"])
-    return mapped_bytes(methods.load_model(base, config, world.device, cache, job["home"]))
 
 
 if __name__ == "__main__":

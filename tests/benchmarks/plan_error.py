@@ -27,9 +27,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+
+if TYPE_CHECKING:
+    from service.training.strategy import World
 
 MIB = 2**20
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -260,11 +263,12 @@ def _watch(worker: subprocess.Popen[str], peaks: list[int], rank: int) -> None:
     from service.training.probe import own_bytes
 
     assert worker.stdout is not None
-    baseline = int(next((line for line in worker.stdout if line.startswith("baseline")), "baseline 0").split()[1])
+    begins = next((line for line in worker.stdout if line.startswith("baseline")), "baseline 0 mapped 0").split()
+    baseline, used = int(begins[1]), int(begins[3])
     mapped, looked_at = 0, 0.0
     while worker.poll() is None:
         if time.monotonic() - looked_at > LOOK_AT_MAPS_EVERY_S:
-            mapped, looked_at = _mapped(worker.pid), time.monotonic()
+            mapped, looked_at = min(used, _mapped(worker.pid)), time.monotonic()
         peaks[rank] = max(peaks[rank], own_bytes(str(worker.pid)) + mapped - baseline)
         time.sleep(SAMPLE_EVERY_S)
 
@@ -304,9 +308,23 @@ def be_worker(file: Path) -> None:
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     jobs = json.loads(file.read_text())
     train(TrainJob(**jobs["tiny"]), World.current())
+    used = _used_in_place(jobs["real"], World.current())
     gc.collect()
-    print(f"baseline {own_bytes()}", flush=True)
+    print(f"baseline {own_bytes()} mapped {used}", flush=True)
     train(TrainJob(**jobs["real"]), World.current())
+
+
+def _used_in_place(job: dict[str, Any], world: World) -> int:
+    """Bytes of the weights that the real run uses where their file is mapped; under zero3, and once quantised, they are copied."""
+    from service.config import RunConfig
+    from service.training import methods
+    from service.training.probe import mapped_bytes
+
+    config = RunConfig.model_validate(job["config"])
+    if config.scale.strategy == "zero3":
+        return 0
+    base, cache = Path(job["base_source"]), Path(job["cache"])
+    return mapped_bytes(methods.load_model(base, config, world.device, cache, job["home"]))
 
 
 if __name__ == "__main__":

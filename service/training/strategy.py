@@ -197,12 +197,12 @@ class DataParallel:
 
     def scalars(self) -> dict[str, float]:
         """The loss scale and how many good steps it has seen."""
-        return {"loss_scale": self._scale.value, "good_steps": float(self._scale.good)} if self._scale else {}
+        return self._scale.scalars() if self._scale else {}
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         """Go on with the same loss scale."""
         if self._scale:
-            self._scale.value, self._scale.good = scalars["loss_scale"], int(scalars["good_steps"])
+            self._scale.load(scalars)
 
     def gathered(self) -> AbstractContextManager[None]:
         """They always are."""
@@ -228,6 +228,14 @@ class LossScale:
         if self.good == self.GROW_EVERY:
             self.value, self.good = self.value * 2, 0
         return True
+
+    def scalars(self) -> dict[str, float]:
+        """For a checkpoint."""
+        return {"loss_scale": self.value, "good_steps": float(self.good)}
+
+    def load(self, scalars: Mapping[str, float]) -> None:
+        """What `scalars` gave, among other values."""
+        self.value, self.good = scalars["loss_scale"], int(scalars["good_steps"])
 
 
 def build_strategy(config: RunConfig, objective: torch.nn.Module, named: Named, world: World) -> Strategy:

@@ -198,12 +198,12 @@ class Zero:
 
     def scalars(self) -> dict[str, float]:
         """The loss scale and how many good steps it has seen."""
-        return {"loss_scale": self._scale.value, "good_steps": float(self._scale.good)} if self._scale else {}
+        return self._scale.scalars() if self._scale else {}
 
     def load_scalars(self, scalars: Mapping[str, float]) -> None:
         """Go on with the same loss scale."""
         if self._scale:
-            self._scale.value, self._scale.good = scalars["loss_scale"], int(scalars["good_steps"])
+            self._scale.load(scalars)
 
     def gathered(self) -> AbstractContextManager[None]:
         """Whole under zero3, too, for as long as it is open; under zero1 and zero2 they always are."""

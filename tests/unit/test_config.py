@@ -8,22 +8,9 @@ from typing import Any
 
 import pytest
 
-from service.config import ResolvedRun, RunConfig, ServeConfig, dotted_names, load_run, load_serve
+from service.config import RunConfig, ServeConfig, dotted_names, load_run, load_serve
 from service.errors import ConfigError
-
-SMALL = "model: base\ndata: {train: rows.jsonl}\n"
-
-
-def _load(directory: Path, text: str, *overrides: str) -> ResolvedRun:
-    file = directory / "run.yaml"
-    file.write_text(text, encoding="utf-8")
-    return load_run(str(file), overrides)
-
-
-def _problems(directory: Path, text: str, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        _load(directory, text, *overrides)
-    return str(caught.value)
+from tests.unit.run_files import SMALL, load, problems
 
 
 @pytest.mark.parametrize(
@@ -43,12 +30,12 @@ def _problems(directory: Path, text: str, *overrides: str) -> str:
     ],
 )
 def test_an_unknown_key_names_the_nearest_known_one_here_or_elsewhere(tmp_path: Path, line: str, said: str) -> None:
-    assert said in _problems(tmp_path, f"{SMALL}{line}\n")
+    assert said in problems(tmp_path, f"{SMALL}{line}\n")
 
 
 def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     text = "data: {seq_len: 4}\noptim: {lr: -1, schedule: cosin}\nscale: {workers: 0}\npublish: A B\n"
-    message = _problems(tmp_path, text)
+    message = problems(tmp_path, text)
     for key in ("model: missing", "data.train: missing", "data.seq_len", "optim.lr", "optim.schedule", "scale.workers"):
         assert f"  {key}" in message
     assert "  publish.name" in message
@@ -73,7 +60,7 @@ def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
 def test_a_value_of_another_type_is_refused_with_the_value_seen(tmp_path: Path, line: str) -> None:
     key = line.split(":")[0]
     text = "\n".join(given for given in SMALL.splitlines() if not given.startswith(f"{key}:"))
-    message = _problems(tmp_path, f"{text}\n{line}\n")
+    message = problems(tmp_path, f"{text}\n{line}\n")
     assert "1 problem." in message and f"  {key}" in message and ", not " in message
 
 
@@ -124,46 +111,46 @@ def test_a_value_of_another_type_is_refused_with_the_value_seen(tmp_path: Path, 
 def test_a_mistake_inside_a_choice_is_one_problem_under_the_name_the_user_wrote(
     tmp_path: Path, line: str, said: str
 ) -> None:
-    message = _problems(tmp_path, f"{SMALL}{line}\n")
+    message = problems(tmp_path, f"{SMALL}{line}\n")
     assert "1 problem." in message and f"  {said}" in message
 
 
-def test_what_goes_by_evaluations_is_refused_without_them_beside_all_other_problems(tmp_path: Path) -> None:
-    message = _problems(tmp_path, f"{SMALL}stop: {{patience: 2}}\ncheckpoint: {{keep_best: 1}}\nseed: -1\n")
+def test_what_goes_by_evaluations_is_refused_without_them_beside_all_otherproblems(tmp_path: Path) -> None:
+    message = problems(tmp_path, f"{SMALL}stop: {{patience: 2}}\ncheckpoint: {{keep_best: 1}}\nseed: -1\n")
     assert "3 problems." in message and "  seed: " in message
     for key in ("stop.patience: 2", "checkpoint.keep_best: 1"):
         assert f"  {key} goes by evaluations during the run. Set data.eval and evaluate.every.steps too" in message
     text = SMALL.replace("}", ", eval: held.jsonl}") + "stop: {patience: 2}\ncheckpoint: {keep_best: 1}\n"
-    assert "Set evaluate.every.steps too" in _problems(tmp_path, text)
-    assert _load(tmp_path, f"{text}evaluate: {{every: {{steps: 5}}}}\n").config.stop.patience == 2
+    assert "Set evaluate.every.steps too" in problems(tmp_path, text)
+    assert load(tmp_path, f"{text}evaluate: {{every: {{steps: 5}}}}\n").config.stop.patience == 2
 
 
 @pytest.mark.parametrize(("method", "lr"), [("lora", 2e-4), ("qlora", 2e-4), ("full", 2e-5)])
 def test_a_rate_that_is_not_written_follows_from_the_method_and_says_so(tmp_path: Path, method: str, lr: float) -> None:
     for text in (f"{SMALL}method: {method}\n", f"{SMALL}method: {{type: {method}}}\noptim: {{epochs: 2}}\n"):
-        resolved = _load(tmp_path, text)
+        resolved = load(tmp_path, text)
         assert resolved.config.optim.lr == lr and resolved.sources["optim.lr"] == "auto"
-    resolved = _load(tmp_path, f"{SMALL}method: {method}\noptim: {{lr: 1e-3}}\n")
+    resolved = load(tmp_path, f"{SMALL}method: {method}\noptim: {{lr: 1e-3}}\n")
     assert resolved.config.optim.lr == 1e-3 and resolved.sources["optim.lr"] == "file"
 
 
 def test_a_batch_is_in_rows_or_in_tokens_and_sixteen_rows_unless_given(tmp_path: Path) -> None:
     seen = {
-        line: _load(tmp_path, f"{SMALL}optim: {{batch: {line}}}\n").config.optim.batch
+        line: load(tmp_path, f"{SMALL}optim: {{batch: {line}}}\n").config.optim.batch
         for line in ("{}", "{rows: null}", "{rows: 3}", "{tokens: 65536}")
     }
     assert [(batch.rows, batch.tokens) for batch in seen.values()] == [(16, None), (16, None), (3, None), (None, 65536)]
 
 
 def test_a_period_in_minutes_alone_leaves_the_steps_off(tmp_path: Path) -> None:
-    assert _load(tmp_path, SMALL).config.checkpoint.every.steps == 50
-    every = _load(tmp_path, f"{SMALL}checkpoint: {{every: {{minutes: 10}}}}\n").config.checkpoint.every
+    assert load(tmp_path, SMALL).config.checkpoint.every.steps == 50
+    every = load(tmp_path, f"{SMALL}checkpoint: {{every: {{minutes: 10}}}}\n").config.checkpoint.every
     assert (every.steps, every.minutes) == (0, 10)
 
 
 @pytest.mark.parametrize(("written", "fewest", "most"), [("3", 3, 3), ("{min: 1, max: 4}", 1, 4)])
 def test_workers_are_a_number_or_a_range(tmp_path: Path, written: str, fewest: int, most: int) -> None:
-    scale = _load(tmp_path, f"{SMALL}scale: {{workers: {written}}}\n").config.scale
+    scale = load(tmp_path, f"{SMALL}scale: {{workers: {written}}}\n").config.scale
     assert (scale.min_workers, scale.max_workers) == (fewest, most)
 
 
@@ -177,18 +164,18 @@ def test_every_block_of_a_choice_has_its_dotted_names_once() -> None:
 
 @pytest.mark.parametrize("number", ["1e-4", "1.0e-4", "1E-4", "+1e-4", ".1e-3", "0.0001"])
 def test_a_number_with_an_exponent_is_a_number(tmp_path: Path, number: str) -> None:
-    assert _load(tmp_path, f"{SMALL}optim: {{lr: {number}}}").config.optim.lr == pytest.approx(1e-4)
-    assert _load(tmp_path, SMALL, f"optim.lr={number}").config.optim.lr == pytest.approx(1e-4)
+    assert load(tmp_path, f"{SMALL}optim: {{lr: {number}}}").config.optim.lr == pytest.approx(1e-4)
+    assert load(tmp_path, SMALL, f"optim.lr={number}").config.optim.lr == pytest.approx(1e-4)
 
 
 @pytest.mark.parametrize("text", [f"{SMALL}seed: 1\nseed: 2\n", f"{SMALL}optim: {{lr: 1.0, lr: 2.0}}\n"])
 def test_a_key_that_stands_twice_is_refused_by_name(tmp_path: Path, text: str) -> None:
-    assert "stands twice" in _problems(tmp_path, text)
+    assert "stands twice" in problems(tmp_path, text)
 
 
 def test_a_bare_word_stands_for_a_blocks_main_key(tmp_path: Path) -> None:
-    short = _load(tmp_path, f"{SMALL}method: lora\npublish: team/tickets\n")
-    long = _load(
+    short = load(tmp_path, f"{SMALL}method: lora\npublish: team/tickets\n")
+    long = load(
         tmp_path,
         "model: {id: base}\ndata: {train: rows.jsonl}\nmethod: {type: lora}\npublish: {name: team/tickets}\n",
     )
@@ -197,24 +184,24 @@ def test_a_bare_word_stands_for_a_blocks_main_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tickets@3", "Tickets", "a/b/c", "''", "../x"])
 def test_publish_takes_a_bare_name_only(tmp_path: Path, name: str) -> None:
-    assert "publish.name" in _problems(tmp_path, f"{SMALL}publish: {name}\n")
+    assert "publish.name" in problems(tmp_path, f"{SMALL}publish: {name}\n")
 
 
 @pytest.mark.parametrize(
     ("written", "read"), [("0", 0), ("7", 7), ("10%", "10%"), ("2.5%", "2.5%"), ("100 %", "100 %")]
 )
 def test_warmup_is_steps_or_a_share(tmp_path: Path, written: str, read: int | str) -> None:
-    assert _load(tmp_path, f"{SMALL}optim: {{warmup: {written}}}\n").config.optim.warmup == read
+    assert load(tmp_path, f"{SMALL}optim: {{warmup: {written}}}\n").config.optim.warmup == read
 
 
 @pytest.mark.parametrize("written", ["-1", "101%", "'10'", "ten", "0.1", "-5%", "true"])
 def test_any_other_warmup_is_refused(tmp_path: Path, written: str) -> None:
-    assert "optim.warmup" in _problems(tmp_path, f"{SMALL}optim: {{warmup: {written}}}\n")
+    assert "optim.warmup" in problems(tmp_path, f"{SMALL}optim: {{warmup: {written}}}\n")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "3\n", "a: [\n", "\x00", "x: !!python/object:os.system 3\n", "\ttab: 1"])
 def test_a_file_that_is_no_mapping_is_refused_by_its_name(tmp_path: Path, text: str) -> None:
-    assert "run.yaml" in _problems(tmp_path, text)
+    assert "run.yaml" in problems(tmp_path, text)
 
 
 def test_a_missing_a_binary_and_a_directory_file_are_config_errors(tmp_path: Path) -> None:
@@ -269,7 +256,7 @@ def test_garbage_never_raises_anything_but_a_config_error(tmp_path: Path) -> Non
         pieces = [draw.choice(draw.choice([words, signs, signs, values])) for _ in range(draw.randint(1, 30))]
         head = draw.choice(["", SMALL])
         try:
-            _load(tmp_path, head + "".join(pieces))
+            load(tmp_path, head + "".join(pieces))
         except ConfigError:
             continue
 
@@ -289,7 +276,7 @@ def test_garbage_never_raises_anything_but_a_config_error(tmp_path: Path) -> Non
     ids=["hex", "digits", "float", "cycle", "deep", "list as key", "number as key", "date"],
 )
 def test_hostile_values_are_config_errors(tmp_path: Path, line: str) -> None:
-    assert "run.yaml" in _problems(tmp_path, f"{SMALL}{line}\n")
+    assert "run.yaml" in problems(tmp_path, f"{SMALL}{line}\n")
 
 
 def test_a_serve_file_is_read_with_its_defaults(tmp_path: Path) -> None:
@@ -317,6 +304,6 @@ def test_all_problems_of_a_serve_file_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_a_frozen_config_cannot_be_changed(tmp_path: Path) -> None:
-    config: Any = _load(tmp_path, SMALL).config
+    config: Any = load(tmp_path, SMALL).config
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3

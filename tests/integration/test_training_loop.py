@@ -143,6 +143,14 @@ def test_patience_that_is_set_on_resuming_begins_with_a_best_that_can_be_saved(
     assert bool(forgotten) == (best != stopped.step)
 
 
+def test_a_checkpoint_every_so_many_minutes_comes_by_the_clock(run_file: Path, settings: Settings) -> None:
+    by_clock = ["memory.micro=6", "optim.epochs=40", "checkpoint.every={minutes: 0.005}", "checkpoint.keep_last=99"]
+    run, job = small_runs.make_job(run_file, settings, by_clock)
+    result = train(job, World.current())
+    taken = [int(name) for name in storage.list_names(run.path("checkpoints"))]
+    assert 2 <= len(taken) < result.step == max(taken)  # some on the way, not one a step, and the last
+
+
 def test_dropout_draws_do_not_depend_on_where_a_run_was_resumed(run_file: Path, settings: Settings) -> None:
     runs = []
     for attempts in (1, 2):

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
 
-import ray.exceptions
-
 from service import logs
 from service.config import RunConfig, ScaleBlock
 from service.errors import OutOfMemoryError, StorageError, WorkerLostError
@@ -118,10 +116,12 @@ def _places(run: Run, attempt: int) -> list[str]:
 
 
 def _reason_to_move(places: list[str], share: Resources, scale: ScaleBlock) -> str | None:
+    from ray.exceptions import RayError
+
     try:
         going = placement.nodes_going_away()
         room = placement.room_for(placement.Cluster.current(), share) if len(places) < scale.max_workers else 0
-    except (ray.exceptions.RayError, RuntimeError, OSError):
+    except (RayError, RuntimeError, OSError):
         return None  # the head may be restarting, and the workers train on: asked again in a few seconds
     if any(placement.is_at(place, node) for place in places for node in going):
         return LEAVE

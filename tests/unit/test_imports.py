@@ -97,8 +97,19 @@ def test_no_module_takes_the_name_of_a_library_at_the_root() -> None:
     assert roots <= {*OURS, "tests"}
 
 
-def test_the_command_line_starts_without_torch_ray_and_transformers() -> None:
-    code = "import json, sys, service.cli.app; print(json.dumps(sorted(sys.modules)))"
+def _loaded_by(module: str) -> set[str]:
+    """Every module that importing this one loads, in a process of its own."""
+    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_the_command_line_starts_without_torch_ray_and_transformers() -> None:
     heavy = {"torch", "ray", "transformers", "peft", "s3fs", "matplotlib", "fastapi", "numpy"}
-    assert heavy & set(json.loads(done.stdout)) == set()
+    assert heavy & _loaded_by("service.cli.app") == set()
+
+
+@pytest.mark.parametrize("module", ["service.training.driver", "jobs.train", "jobs.demo", "jobs.doctor"])
+def test_ray_is_loaded_after_its_authentication_is_set(module: str) -> None:
+    """Ray reads the mode when it is imported, and what starts a run sets it first: `launcher.use_token_authentication`."""
+    assert "ray" not in _loaded_by(module)

@@ -142,7 +142,13 @@ async def _next(chunks: asyncio.Queue[Chunk]) -> Chunk:
     chunk = await chunks.get()
     while chunk.finish_reason is None and not chunks.empty():
         later = chunks.get_nowait()
-        chunk = replace(later, text=chunk.text + later.text, num_tokens=chunk.num_tokens + later.num_tokens)
+        chunk = replace(
+            later,
+            text=chunk.text + later.text,
+            token_ids=chunk.token_ids + later.token_ids,
+            logprobs=chunk.logprobs + later.logprobs,
+            prompt_logprobs=chunk.prompt_logprobs + later.prompt_logprobs,
+        )
     return chunk
 
 

@@ -6,7 +6,6 @@ aliases: adapters are called by their digest. `torch_engine.py` implements the p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +16,66 @@ from service.errors import RequestError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen, and when to end. Cannot exist with a bad value: RequestError names every problem.
 
-    Temperature 0 is greedy. With a seed, the same request draws the same random numbers whatever shares its batch.
+    In this order: repetition penalty (over prompt and answer; Keskar et al. 2019, section 4.1), presence and frequency
+    penalties (over the answer, subtracted from the logits), logit bias (added), JSON schema; then temperature (0 is
+    greedy), `top_k` (0: all), `top_p`, `min_p` (relative to the likeliest token). With a seed, the same request draws the
+    same random numbers whatever shares its batch. `logprobs`: log-probabilities of the model itself, before all of that,
+    for each token of the answer and that many likeliest others; `prompt_logprobs`: the same for the prompt.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_ids: tuple[int, ...] = ()  # beside the model's own
+    ignore_eos: bool = False  # go on after the model's own stop tokens
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        least = 0 if self.prompt_logprobs is not None else 1
         problems = {
-            "max_tokens": self.max_tokens < 1 and f"max_tokens is {self.max_tokens}: ask for 1 or more.",
-            "temperature": not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 2.0)
+            "max_tokens": self.max_tokens < least and f"max_tokens is {self.max_tokens}: ask for {least} or more.",
+            "temperature": not 0.0 <= self.temperature <= 2.0
             and f"temperature is {self.temperature}: give a number from 0 (greedy) to 2.",
             "top_p": not 0.0 < self.top_p <= 1.0 and f"top_p is {self.top_p}: give a number above 0, at most 1.",
+            "top_k": self.top_k < 0 and f"top_k is {self.top_k}: give 0 (all tokens) or more.",
+            "min_p": not 0.0 <= self.min_p <= 1.0 and f"min_p is {self.min_p}: give a number from 0 to 1.",
             "seed": self.seed is not None
             and not -(2**63) <= self.seed < 2**63
             and f"seed is {self.seed}: give an integer of at most 64 bits.",
-            "stop": not all(self.stop) and "stop holds an empty string: leave it out.",
+            "stop": not (all(self.stop) and len(self.stop) <= MAX_STOPS)
+            and f"stop holds an empty string, or more than {MAX_STOPS}: leave some out.",
+            "repetition_penalty": not 0.0 < self.repetition_penalty <= 10.0
+            and f"repetition_penalty is {self.repetition_penalty}: give a number above 0, at most 10 (1: none).",
+            **{
+                name: not -2.0 <= value <= 2.0 and f"{name} is {value}: give a number from -2 to 2 (0: none)."
+                for name, value in (
+                    ("presence_penalty", self.presence_penalty),
+                    ("frequency_penalty", self.frequency_penalty),
+                )
+            },
+            "logit_bias": not all(-100.0 <= bias <= 100.0 for _, bias in self.logit_bias)
+            and "logit_bias holds a number outside -100 to 100.",
+            **{
+                name: not 0 <= (value or 0) <= MAX_LOGPROBS and f"{name} is {value}: give 0 to {MAX_LOGPROBS}."
+                for name, value in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs))
+            },
         }
         found = {field: text for field, text in problems.items() if text}
         if found:
@@ -57,18 +93,40 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log-probability and those of the likeliest tokens there, likeliest first.
+
+    The first token of a prompt has nothing before it: its `logprob` is None.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Chunk:
     """A piece of an answer. The last one, and only it, has a `finish_reason`; it may have no text.
 
-    `num_tokens` counts the tokens generated since the previous chunk of this answer (those whose text is held back and
-    the stop token included): the sum over all chunks is the usage. `num_prompt_tokens` is the same on every chunk.
+    `token_ids` are the tokens generated since the previous chunk of this answer (those whose text is held back and the
+    stop token included): together they are the answer, and their number the usage. `logprobs`, where asked for, has one
+    entry for each of them. `num_prompt_tokens` and `num_cached_tokens` (those of them that were not computed again) are
+    the same on every chunk. `prompt_logprobs` comes with the first chunk, where asked for.
     """
 
     text: str
-    num_tokens: int
+    token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     error: str | None = None
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens this chunk stands for."""
+        return len(self.token_ids)
 
 
 @dataclass(frozen=True)

@@ -1,166 +1,155 @@
 """Many LoRA adapters over one base model, any mixture of them in one batch, by masked concatenation.
 
 The matrices of all resident adapters are concatenated along the rank: R columns, of which an adapter of rank r owns any
-r free ones; the owner vector is the page table. For a batch,
+r free ones; the owner vector is the page table. For the tokens of a step,
 
-    h = where(owner[column] == slot[row], x @ A_cat^T, 0);  y += h @ B_cat
+    h = where(owner[column] == slot[token], x @ A_cat^T, 0);  y += h @ B_cat
 
 Two dense products whatever the mixture. Selected, never multiplied by a mask: NaN and inf of a neighbour would cross
-over. Rows are kept apart by that alone; B is finite (checked in `adapter_files.py`) and freed columns are zero. A batch
-without adapters skips everything. Only one thread may touch a bank, between two steps: `torch_engine.py` sees to it.
+over. Tokens are kept apart by that alone; B is finite (checked in `adapter_files.py`). Columns
+are zeroed before another adapter gets them. A step without adapters skips everything. An adapter is written beside the running steps and taken over between two of them:
+`install` and `trim` return that last part, and only one thread may be in them. `linear_group.py` has the products.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from service.errors import ConflictError, NotFoundError
 from service.inference.adapter_files import LoraTensors
 from service.inference.engine import AdapterInfo
+from service.inference.linear_group import GroupedLinear, LinearGroup
+from service.inference.products import Ways
 
-_FREE, _BASE = -1, -2  # owner of a free column; slot of a row without adapter: never equal
+_FREE, _BASE = -1, -2  # owner of a free column; slot of a token without adapter: never equal
 
 
 class LoraBank:
-    """Puts itself into every `nn.Linear` of a model (the output head excepted) and holds the resident adapters."""
+    """Puts itself into every `nn.Linear` of a model (the output head excepted) and holds the resident adapters.
 
-    def __init__(self, model: PreTrainedModel, max_columns: int) -> None:
+    `groups` names linear layers that see the same input; those in none are groups of one.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_columns: int,
+        *,
+        groups: Sequence[Sequence[str]] = (),
+        ways: Ways | None = None,
+    ) -> None:
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
-        self.closed_BTR: torch.Tensor | None = (
-            None  # True where a row may not see a column; None: no row has an adapter
-        )
+        ways = ways or Ways(rows=1)
         self.max_columns = max_columns
-        self.modules: dict[str, BankedLinear] = {}
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and module is not head:
-                self.modules[name] = BankedLinear(module, self)
-                model.set_submodule(name, self.modules[name])
-        weight = next(iter(self.modules.values())).weight if self.modules else torch.zeros(0)
-        self.dtype, self.device = weight.dtype, weight.device
+        self.place = (model.dtype, model.device)  # of A and B
+        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        grouped = {name for group in groups for name in group}
+        self._shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+        self.groups: list[LinearGroup] = []
+        for names in [*groups, *([name] for name in linears if name not in grouped)]:
+            group = LinearGroup({name: linears.pop(name) for name in names}, self, ways)
+            self.groups.append(group)
+            for member, name in enumerate(names):
+                model.set_submodule(name, GroupedLinear(group, member))
         self.owner = [_FREE] * max_columns
-        self.used = 0  # columns beyond this one are free; they are not computed
+        self._computed = 0  # columns that a step computes: those used, and those freed since the last change
         self._slots: dict[str, int] = {}
         self._infos: dict[str, AdapterInfo] = {}
-        self._selected: tuple[str | None, ...] | None = None
+        self._selected: tuple[str | None, ...] = ()
+        self._closed: dict[int, torch.Tensor] | None = None  # by members of a group; None: no token has an adapter
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(in_features, out_features) of every module that can carry an adapter."""
-        return {name: (module.weight.shape[1], module.weight.shape[0]) for name, module in self.modules.items()}
+        return dict(self._shapes)
 
     @property
     def free_columns(self) -> int:
         """Columns that no adapter owns."""
         return self.owner.count(_FREE)
 
+    @property
+    def used(self) -> int:
+        """Columns beyond this one are free; they are not computed."""
+        return max((column + 1 for column, owner in enumerate(self.owner) if owner != _FREE), default=0)
+
     def adapters(self) -> dict[str, AdapterInfo]:
         """The resident adapters."""
         return dict(self._infos)
 
     @torch.inference_mode()
-    def install(self, digest: str, tensors: Mapping[str, LoraTensors]) -> AdapterInfo:
-        """Copy checked tensors into free columns. ConflictError when there are too few: nothing has changed then."""
+    def install(self, digest: str, tensors: Mapping[str, LoraTensors]) -> Callable[[], AdapterInfo]:
+        """Write checked tensors into free columns; call the answer between two steps and the adapter is resident.
+
+        ConflictError when there are too few columns: nothing has changed then.
+        """
         rank = max(len(pair.a_RI) for pair in tensors.values())
         if rank > self.free_columns:
             raise ConflictError(
                 f"adapter {digest} needs {rank} columns, {self.free_columns} free: unload another first."
             )
-        for name in tensors:
-            self.modules[name].allocate(self.max_columns)
         slot = next(number for number in range(self.max_columns) if number not in self._slots.values())
         columns = [column for column, owner in enumerate(self.owner) if owner == _FREE][:rank]
-        for name, pair in tensors.items():
-            self.modules[name].write(digest, columns[: len(pair.a_RI)], pair)
-        for column in columns:
-            self.owner[column] = slot
-        self._slots[digest] = slot
+        used = max(self.used, columns[-1] + 1)
+        written = {name: (columns[: len(pair.a_RI)], pair) for name, pair in tensors.items()}
+        take_over = [group.with_columns(self.max_columns, used, columns, written) for group in self.groups]
         num_bytes = sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values())
-        self._infos[digest] = AdapterInfo(rank=rank, num_columns=rank, bytes=num_bytes)
-        self._columns_changed()
-        return self._infos[digest]
 
-    @torch.inference_mode()
+        def finish() -> AdapterInfo:
+            for change in take_over:
+                change()
+            self._computed = used
+            for column in columns:
+                self.owner[column] = slot
+            self._slots[digest] = slot
+            self._infos[digest] = AdapterInfo(rank=rank, num_columns=rank, bytes=num_bytes)
+            self.select(self._selected, anew=True)
+            return self._infos[digest]
+
+        return finish
+
     def remove(self, digest: str) -> None:
-        """Free an adapter's columns and zero them. The caller has made sure that no row uses it."""
+        """Free an adapter's columns, between two steps. The caller has made sure that nobody uses it."""
         if digest not in self._slots:
             raise NotFoundError(f"adapter {digest} is not resident. Resident: {', '.join(self._infos) or 'none'}.")
         slot = self._slots.pop(digest)
         del self._infos[digest]
-        columns = [column for column, owner in enumerate(self.owner) if owner == slot]
-        for module in self.modules.values():
-            module.clear(digest, columns)
-        for column in columns:
-            self.owner[column] = _FREE
-        self._columns_changed()
+        self.owner = [_FREE if owner == slot else owner for owner in self.owner]
+        self.select((), anew=True)
 
     @torch.inference_mode()
-    def select(self, adapters: Sequence[str | None]) -> None:
-        """Say which adapter each row of the next forward has. Kept while it stays the same: most steps change nothing."""
+    def trim(self) -> Callable[[], None]:
+        """Compute no more columns than are used; call the answer between two steps."""
+        used = self.used
+        take_over = [group.with_columns(self.max_columns, used, (), {}) for group in self.groups]
+
+        def finish() -> None:
+            for change in take_over:
+                change()
+            self._computed = used
+            self.select((), anew=True)
+
+        return finish
+
+    @torch.inference_mode()
+    def select(self, adapters: Sequence[str | None], *, anew: bool = False) -> None:
+        """Say which adapter each token of the next forward has. Most steps ask for what the last one had."""
         wanted = tuple(adapters)
-        if wanted == self._selected:
+        if wanted == self._selected and not anew:
             return
-        self._selected, self.closed_BTR = wanted, None
+        self._selected, self._closed = wanted, None
         if any(wanted):
             slots = [_BASE if digest is None else self._slots[digest] for digest in wanted]
-            slots_B11 = torch.tensor(slots, device=self.device)[:, None, None]
-            self.closed_BTR = torch.tensor(self.owner[: self.used], device=self.device) != slots_B11
+            device = self.place[1]
+            owner_R = torch.tensor(self.owner[: self._computed], device=device)
+            closed_NR = owner_R != torch.tensor(slots, device=device)[:, None]
+            members = {len(group.names) for group in self.groups}
+            self._closed = {count: closed_NR.repeat_interleave(count, dim=1)[None] for count in members}
 
-    def _columns_changed(self) -> None:
-        self.used = max((column + 1 for column, owner in enumerate(self.owner) if owner != _FREE), default=0)
-        self._selected, self.closed_BTR = None, None
-        for module in self.modules.values():
-            module.view_columns(self.used)
-
-
-class BankedLinear(nn.Module):
-    """`nn.Linear` with the same parameters, plus its share of the bank once an adapter targets it."""
-
-    def __init__(self, linear: nn.Linear, bank: LoraBank) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self._bank = (bank,)  # in a tuple, because nn.Module looks at every attribute that might be a module
-        self._users: set[str] = set()
-        self._a_RI: torch.Tensor | None = None
-        self._b_RO: torch.Tensor | None = None
-        self._a_IR = self._b_read_RO = torch.zeros(0)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, T, in] -> [B, T, out]; every row with the adapter that `LoraBank.select` gave it."""
-        y = functional.linear(x, self.weight, self.bias)
-        closed_BTR = self._bank[0].closed_BTR
-        if closed_BTR is None or not self._users:
-            return y
-        h_BTR = (x @ self._a_IR).masked_fill_(closed_BTR, 0.0)
-        y.view(-1, self.out_features).addmm_(h_BTR.view(-1, h_BTR.shape[-1]), self._b_read_RO)
-        return y
-
-    def allocate(self, max_columns: int) -> None:
-        """Room for all columns, when the first adapter targets this module."""
-        if self._a_RI is None:
-            self._a_RI = self.weight.new_zeros(max_columns, self.in_features)
-            self._b_RO = self.weight.new_zeros(max_columns, self.out_features)
-
-    def write(self, digest: str, columns: list[int], pair: LoraTensors) -> None:
-        """Fill these columns."""
-        assert self._a_RI is not None and self._b_RO is not None
-        self._a_RI[columns] = pair.a_RI
-        self._b_RO[columns] = pair.b_RO
-        self._users.add(digest)
-
-    def clear(self, digest: str, columns: list[int]) -> None:
-        """Zero these columns."""
-        if self._a_RI is not None and self._b_RO is not None:
-            self._a_RI[columns] = 0
-            self._b_RO[columns] = 0
-        self._users.discard(digest)
-
-    def view_columns(self, used: int) -> None:
-        """Compute the first `used` columns only."""
-        if self._a_RI is not None and self._b_RO is not None:
-            self._a_IR, self._b_read_RO = self._a_RI[:used].t(), self._b_RO[:used]
+    def closed(self, members: int) -> torch.Tensor | None:
+        """True where a token may not see a column, [1, N, R * members]; None: no token has an adapter."""
+        return None if self._closed is None else self._closed[members]

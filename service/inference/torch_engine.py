@@ -1,8 +1,9 @@
 """The embedded engine: continuous batching in plain PyTorch, on CPU or one GPU, with any mixture of adapters in a batch.
 
-A step, in order: commands (adapters in and out), cancellations, prompts while slots are free, then one token for every
-row. `start()` runs steps on a thread; without it, `step()` or `generate()` run them where they are called. What a row
-computes is in `decoder.py` and `lora_bank.py`, how text comes out in `detokenizer.py`. No Ray, no HTTP, no names here.
+A step, in order: commands (adapters in and out), cancellations, new requests while slots are free, then one forward: a
+token for every row that decodes and a part of the prompts that are being read. `start()` runs steps on a thread; without
+it, `step()` or `generate()` run them where they are called. What a row computes is in `decoder.py` and `lora_bank.py`,
+who is next in `fair_queue.py`, how text comes out in `detokenizer.py`. No Ray, no HTTP, no names here.
 """
 
 from __future__ import annotations
@@ -23,29 +24,44 @@ from service.errors import ConflictError, ModelError, NotFoundError, RequestErro
 from service.inference.adapter_files import read_adapter
 from service.inference.decoder import Decoder
 from service.inference.detokenizer import TextStream
-from service.inference.engine import AdapterInfo, Chunk, FinishReason, GenerationRequest, OnChunk
-from service.inference.lora_bank import LoraBank
-from service.inference.sampling import NOT_FINITE, generator_for, next_tokens
+from service.inference.engine import AdapterInfo, Chunk, FinishReason, GenerationRequest, OnChunk, TokenLogprob
+from service.inference.fair_queue import FairQueue
+from service.inference.prefix_cache import BLOCK, PrefixCache
+from service.inference.sampling import NOT_FINITE, Sampler, logprobs_of, next_tokens
+from service.inference.slot_attention import Piece
 
 log = logging.getLogger(__name__)
 
-# Prompts admitted in one step, in tokens: running rows wait that long for their next token, at most.
-_PREFILL_TOKENS_PER_STEP = 1024
+# Tokens of prompts in one step. Beside decoding rows few enough that those hardly wait: 64 were seen to add 35 ms to a
+# step of 30 for SmolLM2-135M on two cores. A GPU reads 512 in about the time it takes to read the weights.
+_PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
+_PROMPT_TOKENS_ALONE = 1024
 _BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
 
 
 @dataclass(eq=False)  # two sequences are never the same
 class _Sequence:
-    """One request in flight."""
+    """One request in flight. Its tokens are the prompt's, then the answer's; `num_fed` of them are in its slot."""
 
     request: GenerationRequest
     on_chunk: OnChunk
     text: TextStream
-    generator: torch.Generator | None
-    tokens: list[int] = field(default_factory=list)
+    sampler: Sampler
+    stop_ids: frozenset[int]
+    slot: int | None = None
+    num_fed: int = 0
+    num_cached: int = 0
+    answer: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_reported: int = 0
     cancelled: bool = False
     finished: bool = False
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but its newest token is in the slot."""
+        return self.num_fed >= len(self.request.prompt_ids)
 
 
 class TorchEngine:
@@ -62,18 +78,30 @@ class TorchEngine:
         num_slots: int = 16,
         max_context: int = 2048,
         max_lora_columns: int = 256,
+        kv_bytes: int | None = None,
+        prefix_bytes: int = 0,
         stall_after_s: float = 120.0,
     ) -> None:
-        self.num_slots, self.max_context, self.max_columns = num_slots, max_context, max_lora_columns
+        self.max_context, self.max_columns = max_context, max_lora_columns
         self._tokenizer, self._stop_ids, self._stall_after_s = tokenizer, frozenset(stop_ids), stall_after_s
         self._decoder = Decoder(
-            model_dir, dtype=dtype, device=torch.device(device), num_slots=num_slots, max_context=max_context
+            model_dir,
+            dtype=dtype,
+            device=torch.device(device),
+            num_slots=num_slots,
+            max_context=max_context,
+            max_lora_columns=max_lora_columns,
+            kv_bytes=kv_bytes,
         )
-        self._bank = LoraBank(self._decoder.model, max_lora_columns)
-        self._rows: list[_Sequence] = []  # row i of the slots; only the stepping thread touches it
+        self.num_slots = self._decoder.slots.num_slots
+        self._bank = self._decoder.bank
+        self._prefixes = PrefixCache(prefix_bytes)
+        self._prompt_tokens = _PROMPT_TOKENS.get(torch.device(device).type, _PROMPT_TOKENS["cuda"])
+        self._rows: list[_Sequence] = []  # those with a slot, oldest first; only the stepping thread touches it
         self._stepping = threading.Lock()  # held during a step
+        self._loading = threading.Lock()  # held while an adapter is read and written
         self._changed = threading.Condition()  # guards the four below
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: FairQueue[_Sequence] = FairQueue()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._in_flight: dict[str, _Sequence] = {}
         self._closing = False
@@ -92,8 +120,14 @@ class TorchEngine:
     def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None:
         """Queue a request; `on_chunk` is called from the stepping thread and must return at once."""
         self._check_request(request)
-        text = TextStream(self._tokenizer, request.prompt_ids, request.sampling.stop)
-        sequence = _Sequence(request, on_chunk, text, generator_for(request.sampling))
+        params = request.sampling
+        sequence = _Sequence(
+            request,
+            on_chunk,
+            TextStream(self._tokenizer, request.prompt_ids, params.stop),
+            Sampler(params, request.prompt_ids),
+            (frozenset() if params.ignore_eos else self._stop_ids) | frozenset(params.stop_ids),
+        )
         with self._changed:
             if self._closing:
                 raise ConflictError("the engine is closed: it takes no more requests.")
@@ -107,7 +141,7 @@ class TorchEngine:
             if not self._in_flight:
                 self._advanced_at = time.monotonic()
             self._in_flight[request.id] = sequence
-            self._waiting.append(sequence)
+            self._waiting.push(request.adapter, sequence)
             self._changed.notify_all()
 
     def cancel(self, request_id: str) -> None:
@@ -120,18 +154,15 @@ class TorchEngine:
 
     def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
         """Read and check on the caller's thread, then copy in between two steps. A resident adapter is left as it is."""
-        if info := self.adapters().get(digest):
-            return info
-        tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.dtype)
-
-        def install() -> AdapterInfo:
-            with self._changed:
-                return self.adapters().get(digest) or self._bank.install(digest, tensors)
-
-        return self._between_steps(install)  # type: ignore[no-any-return]
+        with self._loading:
+            if info := self.adapters().get(digest):
+                return info
+            tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
+            finish = self._bank.install(digest, tensors)
+            return self._between_steps(finish)  # type: ignore[no-any-return]
 
     def unload_adapter(self, digest: str) -> None:
-        """Zero and free an adapter's columns. ConflictError while requests use it: drain first."""
+        """Free an adapter's columns. ConflictError while requests use it: drain first."""
 
         def remove() -> None:
             with self._changed:
@@ -140,7 +171,9 @@ class TorchEngine:
                     raise ConflictError(f"adapter {digest} is in use by {users} requests: let them end, then unload.")
                 self._bank.remove(digest)
 
-        self._between_steps(remove)
+        with self._loading:
+            self._between_steps(remove)
+            self._between_steps(self._bank.trim())
 
     def check(self) -> None:
         """Raises RuntimeError when the thread has died, or nothing has advanced for `stall_after_s` with work pending."""
@@ -210,7 +243,7 @@ class TorchEngine:
             self._drop_cancelled()
             self._admit()
             if self._rows:
-                self._guarded(self._decode, list(self._rows))
+                self._advance_rows()
             self._advanced_at = time.monotonic()
         return self._pending()
 
@@ -252,46 +285,111 @@ class TorchEngine:
             self._finish(sequence, "cancelled")
 
     def _admit(self) -> None:
-        num_tokens = 0
-        while len(self._rows) < self.num_slots and num_tokens < _PREFILL_TOKENS_PER_STEP:
+        while self._decoder.slots.num_free:
             with self._changed:
-                if not self._waiting:
-                    return
-                sequence = self._waiting.popleft()
-            num_tokens += len(sequence.request.prompt_ids)
-            self._guarded(lambda sequence=sequence: self._prefill(sequence), [sequence])  # type: ignore[misc]
+                sequence = self._waiting.pop()
+            if sequence is None:
+                return
+            self._rows.append(sequence)
+            self._guarded(lambda sequence=sequence: self._open(sequence), [sequence])  # type: ignore[misc]
 
-    def _prefill(self, sequence: _Sequence) -> None:
-        self._bank.select([sequence.request.adapter])
-        self._rows.append(sequence)
-        self._accept([sequence], self._decoder.prefill(sequence.request.prompt_ids))
+    def _open(self, sequence: _Sequence) -> None:
+        """Give it a slot, and what is known of its prompt; the last token is always computed, for its logits."""
+        slots, prompt = self._decoder.slots, sequence.request.prompt_ids
+        sequence.slot = slots.take()
+        if self._prefixes.max_bytes and sequence.request.sampling.prompt_logprobs is None:
+            with torch.inference_mode():
+                for kv_LHTD in self._prefixes.get(self._prefixes.keys(sequence.request.adapter, prompt[:-1])):
+                    slots.append(sequence.slot, kv_LHTD)
+            sequence.num_fed = sequence.num_cached = slots.lengths[sequence.slot]
 
-    def _decode(self) -> None:
-        self._bank.select([sequence.request.adapter for sequence in self._rows])
-        logits_BV = self._decoder.decode([sequence.tokens[-1] for sequence in self._rows])
-        self._accept(list(self._rows), logits_BV)
+    def _advance_rows(self) -> None:
+        """One forward: a token for each decoding row, and as many tokens of prompts as may come beside them."""
+        taking: list[tuple[_Sequence, Piece]] = []
+        room = self._prompt_tokens if any(row.is_decoding for row in self._rows) else _PROMPT_TOKENS_ALONE
+        for sequence in self._rows:
+            assert sequence.slot is not None
+            tokens: tuple[int, ...]
+            if sequence.is_decoding:
+                tokens = (sequence.answer[-1],)
+            else:
+                tokens = sequence.request.prompt_ids[sequence.num_fed : sequence.num_fed + room]
+                room -= len(tokens)
+            if tokens:
+                taking.append((sequence, Piece(sequence.slot, tokens)))
+        self._guarded(lambda: self._forward(taking), [sequence for sequence, _ in taking])
+
+    def _forward(self, taking: Sequence[tuple[_Sequence, Piece]]) -> None:
+        pieces = [piece for _, piece in taking]
+        every = [
+            number
+            for number, (sequence, _) in enumerate(taking)
+            if not sequence.is_decoding and sequence.request.sampling.prompt_logprobs is not None
+        ]
+        logits_NV = self._decoder.forward(pieces, [sequence.request.adapter for sequence, _ in taking], every)
+        at = len(pieces)
+        for number in every:
+            sequence, piece = taking[number]
+            self._score_prompt(sequence, logits_NV[at : at + len(piece.tokens)])
+            at += len(piece.tokens)
+        ready = []
+        for number, (sequence, piece) in enumerate(taking):
+            was_decoding = sequence.is_decoding
+            sequence.num_fed += len(piece.tokens)
+            with self._changed:
+                self._waiting.charge(sequence.request.adapter, len(piece.tokens))
+            if sequence.is_decoding:
+                ready.append(number)
+                if not was_decoding:
+                    self._keep_prefix(sequence)
+        rows = logits_NV[: len(pieces)] if len(ready) == len(pieces) else logits_NV[ready]
+        if ready:
+            self._accept([taking[number][0] for number in ready], rows)
+
+    def _score_prompt(self, sequence: _Sequence, logits_TV: torch.Tensor) -> None:
+        """The log-probabilities of the tokens after these, but for the last, which the prompt does not have."""
+        prompt, num_top = sequence.request.prompt_ids, sequence.request.sampling.prompt_logprobs or 0
+        if not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(TokenLogprob(prompt[0], None))
+        next_ids = prompt[sequence.num_fed + 1 : sequence.num_fed + 1 + len(logits_TV)]
+        if next_ids:
+            sequence.prompt_logprobs += logprobs_of(logits_TV[: len(next_ids)], next_ids, num_top)
+
+    def _keep_prefix(self, sequence: _Sequence) -> None:
+        if not self._prefixes.max_bytes:
+            return
+        assert sequence.slot is not None
+        tokens = (sequence.request.prompt_ids + tuple(sequence.answer))[: sequence.num_fed]
+        with torch.inference_mode():
+            for number, key in enumerate(self._prefixes.keys(sequence.request.adapter, tokens)):
+                if key not in self._prefixes:
+                    start = number * BLOCK
+                    self._prefixes.put(key, self._decoder.slots.read(sequence.slot, start, start + BLOCK))
 
     def _accept(self, sequences: list[_Sequence], logits_BV: torch.Tensor) -> None:
-        tokens = next_tokens(
-            logits_BV,
-            [sequence.request.sampling for sequence in sequences],
-            [sequence.generator for sequence in sequences],
-        )
-        for sequence, token in zip(sequences, tokens, strict=True):
-            if token == NOT_FINITE:
-                self._finish(sequence, "error", error=_BROKEN)
-            else:
-                self._advance(sequence, token)
+        with torch.inference_mode():
+            tokens = next_tokens(logits_BV, [sequence.sampler for sequence in sequences])
+            for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+                if token == NOT_FINITE:
+                    self._finish(sequence, "error", error=_BROKEN)
+                elif not sequence.request.sampling.max_tokens:
+                    self._finish(sequence, "length")
+                else:
+                    num_top = sequence.request.sampling.logprobs
+                    if num_top is not None:
+                        sequence.logprobs += logprobs_of(logits_BV[row : row + 1], [token], num_top)
+                    self._advance(sequence, token)
 
     def _advance(self, sequence: _Sequence, token: int) -> None:
         """Take one token in: text that is certain goes out, and the end is noticed."""
-        sequence.tokens.append(token)
-        if token in self._stop_ids:
+        sequence.answer.append(token)
+        sequence.sampler.accept(token)
+        if token in sequence.stop_ids:
             return self._finish(sequence, "stop", sequence.text.finish())
         text = sequence.text.push(token)
         if sequence.text.stopped:
             return self._finish(sequence, "stop", text)
-        if len(sequence.tokens) == sequence.request.sampling.max_tokens:
+        if len(sequence.answer) == sequence.request.sampling.max_tokens:
             text += sequence.text.finish()
             return self._finish(sequence, "stop" if sequence.text.stopped else "length", text)
         if text:
@@ -303,22 +401,35 @@ class TorchEngine:
         if sequence.finished:
             return
         sequence.finished = True
+        adapter = sequence.request.adapter
         if sequence in self._rows:
-            row = self._rows.index(sequence)
-            self._decoder.release(row)
-            self._rows[row] = self._rows[-1]
-            self._rows.pop()
+            self._rows.remove(sequence)
+            if sequence.slot is not None:
+                if reason in ("stop", "length"):
+                    self._keep_prefix(sequence)
+                self._decoder.release(sequence.slot)
+            with self._changed:
+                self._waiting.done(adapter)
         with self._changed:
             self._in_flight.pop(sequence.request.id, None)
-            if sequence in self._waiting:
-                self._waiting.remove(sequence)
+            self._waiting.remove(adapter, sequence)
         self._send(sequence, text, reason, error)
 
     def _send(
         self, sequence: _Sequence, text: str, reason: FinishReason | None = None, error: str | None = None
     ) -> None:
-        num_new, sequence.num_reported = len(sequence.tokens) - sequence.num_reported, len(sequence.tokens)
-        chunk = Chunk(text, num_new, reason, error, len(sequence.request.prompt_ids))
+        new = slice(sequence.num_reported, len(sequence.answer))
+        chunk = Chunk(
+            text,
+            tuple(sequence.answer[new]),
+            reason,
+            error,
+            num_prompt_tokens=len(sequence.request.prompt_ids),
+            num_cached_tokens=sequence.num_cached,
+            logprobs=tuple(sequence.logprobs[new]),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if new.start == 0 else (),
+        )
+        sequence.num_reported = new.stop
         try:
             sequence.on_chunk(chunk)
         except Exception:

@@ -16,8 +16,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -188,17 +191,163 @@ def test_rows_that_join_and_leave_at_different_times_are_not_disturbed(family: B
         assert {chunk.num_prompt_tokens for chunk in answer.chunks} == {len(request.prompt_ids)}
 
 
-@pytest.mark.parametrize("config_class", [MistralConfig, Qwen3Config])
-def test_other_decoder_families_decode_as_generate_does(tmp_path: Path, config_class: Callable[..., Any]) -> None:
-    options = {"sliding_window": None} if config_class is MistralConfig else {"head_dim": 16}
+FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral with a window": (MistralConfig, {"sliding_window": 9}),
+    "qwen3": (Qwen3Config, {"head_dim": 16}),
+    "gemma2, soft caps and windows in turn": (Gemma2Config, {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12, "tie_word_embeddings": False}),
+    "gemma3, other rotations in turn": (
+        Gemma3TextConfig, {"head_dim": 12, "sliding_window": 7, "num_hidden_layers": 6, "query_pre_attn_scalar": 12, "tie_word_embeddings": False}
+    ),
+    "phi3, fused projections": (Phi3Config, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_other_decoder_families_decode_as_generate_does(tmp_path: Path, family: str) -> None:
+    config_class, options = FAMILIES[family]
     base = _save_base(tmp_path / "base", config_class, **options)
-    engine = TorchEngine(base, tokenizer=TOKENIZER, stop_ids=(), num_slots=2, max_context=128)
-    prompt = tuple(TOKENIZER.encode("to be"))
-    request = GenerationRequest("r", prompt, SamplingParams(max_tokens=12, temperature=0.0))
-    out = AutoModelForCausalLM.from_pretrained(base).generate(
-        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False
-    )
-    assert engine.generate([request]) == [TOKENIZER.decode(out[0, len(prompt) :])]
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"] if config_class is Phi3Config else TARGETS
+    adapter = _save_adapter(base, tmp_path / "a", seed=1, rank=3, target_modules=targets)
+    engine = TorchEngine(base, tokenizer=TOKENIZER, stop_ids=(), num_slots=3, max_context=128)
+    engine.load_adapter("a", adapter)
+    sampling = SamplingParams(max_tokens=12, temperature=0.0)
+    prompts = [tuple(TOKENIZER.encode(text)) for text in ("to be or not to be, the lazy dog", "café")]
+    requests = [GenerationRequest(f"{n}{d}", ids, sampling, d) for n, ids in enumerate(prompts) for d in (None, "a")]
+    expected = []
+    for request in requests:
+        model: Any = AutoModelForCausalLM.from_pretrained(base)
+        model = PeftModel.from_pretrained(model, adapter) if request.adapter else model
+        ids = torch.tensor([request.prompt_ids])
+        out = model.eval().generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, use_cache=False
+        )
+        expected.append(TOKENIZER.decode(out[0, ids.shape[1] :]))
+    assert engine.generate(requests) == expected
+    assert expected[0] != expected[1]
+
+
+def test_prompts_are_read_in_pieces_beside_rows_that_decode(llama: Bench) -> None:
+    """A prompt longer than a step takes: every step of the others brings them a token all the same."""
+    long = tuple((7 * i) % 250 for i in range(100))
+    expected = llama.reference(long, "b")
+    engine = llama.engine(max_context=128)
+    request = llama.requests("a")[0]
+    first = _submit(engine, request)
+    engine.step()
+    second = _submit(engine, GenerationRequest("long", long, SamplingParams(max_tokens=NUM_NEW, temperature=0.0), "b"))
+    engine.step()
+    assert sum(chunk.num_tokens for chunk in first.chunks) <= 2 and second.chunks == []
+    _drain(engine)
+    assert first.text == llama.expected["a"][0]
+    assert second.text == expected
+
+
+def test_a_prefix_seen_before_is_not_computed_again_and_changes_nothing(llama: Bench) -> None:
+    shared = tuple((5 * i) % 250 for i in range(70))
+    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
+    prompts = [(*shared, *TOKENIZER.encode(text)) for text in ("the fox", "to be")]
+    expected = {(d, n): llama.reference(prompts[n], d) for d in ("a", None) for n in range(2)}
+    engine = llama.engine(prefix_bytes=10**7)
+    cached: dict[tuple[str | None, int], list[int]] = {}
+    for number, digest in ((0, "a"), (1, "a"), (0, None), (1, None), (1, None)):
+        answer = _submit(engine, GenerationRequest("r", prompts[number], sampling, digest))
+        _drain(engine)
+        assert answer.text == expected[digest, number]
+        cached.setdefault((digest, number), []).append(answer.chunks[-1].num_cached_tokens)
+    # Blocks of 32 tokens; never the last token of a prompt; never from another adapter.
+    assert cached == {("a", 0): [0], ("a", 1): [64], (None, 0): [0], (None, 1): [64, 64]}
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_before_it(llama: Bench) -> None:
+    engine = llama.engine(prefix_bytes=10**7)
+    prompt = tuple((5 * i) % 250 for i in range(30))
+    first = _submit(engine, GenerationRequest("1", prompt, SamplingParams(max_tokens=50, temperature=0.0), "a"))
+    _drain(engine)
+    said = tuple(token for chunk in first.chunks for token in chunk.token_ids)
+    turn = (*prompt, *said, 1, 2, 3)
+    second = _submit(engine, GenerationRequest("2", turn, SamplingParams(max_tokens=NUM_NEW, temperature=0.0), "a"))
+    _drain(engine)
+    assert second.chunks[-1].num_cached_tokens == 64
+    assert second.text == llama.reference(turn, "a")
+
+
+def test_the_key_value_memory_keeps_to_its_budget(llama: Bench) -> None:
+    slot_bytes = 2 * SHAPE["num_hidden_layers"] * SHAPE["num_key_value_heads"] * 12 * 128 * 4
+    engine = llama.engine(num_slots=8, kv_bytes=3 * slot_bytes + 1)
+    assert engine.num_slots == 3
+    answers = [_submit(engine, request) for request in llama.requests("a", "b")]
+    _drain(engine)
+    assert [a.text for a in answers] == [llama.expected[d][n] for n in range(4) for d in ("a", "b")]
+    with pytest.raises(ModelError, match=rf"takes {slot_bytes} bytes, the budget is 1000"):
+        llama.engine(kv_bytes=1000)
+
+
+def test_one_busy_adapter_starves_nobody(llama: Bench) -> None:
+    engine = llama.engine(num_slots=2)
+    ended: list[str] = []
+
+    def listen(name: str) -> Callable[[Chunk], None]:
+        return lambda chunk: ended.append(name) if chunk.finish_reason else None
+
+    sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
+    for number in range(40):
+        engine.submit(GenerationRequest(f"busy{number}", llama.prompts[0], sampling, "a"), listen("a"))
+    for _ in range(60):
+        engine.step()
+    for digest in ("b", None):
+        engine.submit(GenerationRequest(f"quiet{digest}", llama.prompts[0], sampling, digest), listen(str(digest)))
+    before = len(ended)
+    _drain(engine)
+    # Both get the next two slots that come free; the two that were running may end before them, and what joins meanwhile.
+    assert max(ended.index("b"), ended.index("None")) < before + 5
+    assert len(ended) == 42
+
+
+@pytest.mark.parametrize("digest", [None, "b"])
+def test_prompt_log_probabilities_are_the_models_own(llama: Bench, digest: str | None) -> None:
+    prompt = tuple((11 * i) % 250 for i in range(90))
+    model: Any = AutoModelForCausalLM.from_pretrained(llama.base)
+    if digest:
+        model = PeftModel.from_pretrained(model, llama.adapters[digest])
+    with torch.inference_mode():
+        expected = torch.log_softmax(model.eval()(torch.tensor([prompt])).logits[0].float(), -1)
+    engine = llama.engine(prefix_bytes=10**7)
+    running = _submit(engine, llama.requests("a")[0])
+    engine.step()  # so that the prompt is read in pieces
+    answers = {}
+    for max_tokens in (0, 2):
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=3, logprobs=2)
+        answers[max_tokens] = _submit(engine, GenerationRequest(str(max_tokens), prompt, sampling, digest))
+    _drain(engine)
+    for max_tokens, answer in answers.items():
+        scored = answer.chunks[0].prompt_logprobs
+        assert [entry.token_id for entry in scored] == list(prompt) and scored[0].logprob is None
+        for place, entry in enumerate(scored[1:], start=1):
+            assert entry.logprob == pytest.approx(float(expected[place - 1, prompt[place]]), abs=2e-3)
+            assert [token for token, _ in entry.top] == expected[place - 1].topk(3).indices.tolist()
+        chosen = [entry for chunk in answer.chunks for entry in chunk.logprobs]
+        assert len(chosen) == max_tokens and all(chunk.num_cached_tokens == 0 for chunk in answer.chunks)
+        assert answer.reason == "length"
+        if chosen:
+            assert chosen[0].token_id == int(expected[-1].argmax())
+            assert chosen[0].logprob == pytest.approx(float(expected[-1].max()), abs=2e-3)
+            assert len(chosen[0].top) == 2
+    assert running.text == llama.expected["a"][0]
+
+
+def test_stop_ids_of_a_request_and_going_on_after_the_models_own(llama: Bench) -> None:
+    full = _submit(free := llama.engine(), llama.requests(None)[0])
+    _drain(free)
+    ids = [token for chunk in full.chunks for token in chunk.token_ids]
+    engine = llama.engine(stop_ids=[ids[6]])
+    for options, most in (({"ignore_eos": True}, NUM_NEW), ({"ignore_eos": True, "stop_ids": (ids[3],)}, 4)):
+        answer = _submit(
+            engine, llama.requests(None, sampling=SamplingParams(max_tokens=NUM_NEW, temperature=0.0, **options))[0]
+        )
+        _drain(engine)
+        assert sum(chunk.num_tokens for chunk in answer.chunks) <= most
+        assert answer.reason == ("length" if most == NUM_NEW else "stop")
 
 
 @pytest.mark.parametrize(
@@ -455,7 +604,7 @@ def test_a_rank_beyond_the_bank_is_refused(llama: Bench) -> None:
 @pytest.mark.parametrize(
     ("config_class", "options", "words"),
     [
-        (MistralConfig, {"sliding_window": 32}, "sliding window of 32 tokens"),
+        (MistralConfig, {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         (LlamaConfig, {"max_position_embeddings": 64}, "knows 64 positions"),
     ],
 )

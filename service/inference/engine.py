@@ -44,6 +44,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    json_schema: str | None = None  # as JSON text
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from service.inference.engine import SamplingParams, TokenLogprob
+from service.inference.grammar import Matcher
 
 NOT_FINITE = -1  # in place of a token: this row's logits hold NaN or +inf
 _CANDIDATES = 256  # likeliest tokens that are looked at first for a nucleus; nearly always it lies within
@@ -21,12 +22,16 @@ _CANDIDATES = 256  # likeliest tokens that are looked at first for a nucleus; ne
 class Sampler:
     """One request's way to choose its tokens, and what it has chosen."""
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
-        self.params = params
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int], matcher: Matcher | None = None) -> None:
+        self.params, self._matcher = params, matcher
         self._counts: Counter[int] = Counter()
         self._prompt_ids = set(prompt_ids) if params.repetition_penalty != 1.0 else set()
         self._adjusts = bool(
-            params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty or params.logit_bias
+            params.repetition_penalty != 1.0
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.logit_bias
+            or matcher
         )
         self._generator = generator_for(params)
 
@@ -47,6 +52,13 @@ class Sampler:
         """The answer goes on with this token."""
         if self._adjusts:
             self._counts[token] += 1
+        if self._matcher:
+            self._matcher.accept(token)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        return self._matcher is not None and self._matcher.is_done
 
     def _adjusted(self, logits_V: torch.Tensor) -> torch.Tensor:
         p, logits_V, device = self.params, logits_V.float().clone(), logits_V.device
@@ -61,6 +73,8 @@ class Sampler:
         if p.logit_bias:
             ids = torch.tensor([token for token, _ in p.logit_bias], device=device)
             logits_V.index_add_(0, ids, torch.tensor([bias for _, bias in p.logit_bias], device=device))
+        if self._matcher:
+            logits_V.masked_fill_(~self._matcher.allowed().to(device), float("-inf"))
         return logits_V
 
 
@@ -76,17 +90,14 @@ def generator_for(params: SamplingParams) -> torch.Generator | None:
     return generator
 
 
-def next_tokens(logits_BV: torch.Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """One token a row, `NOT_FINITE` for rows whose logits are broken. The one place where the device is waited for."""
+def likeliest(logits_BV: torch.Tensor) -> list[int]:
+    """The token of the largest logit in each row, `NOT_FINITE` for rows that are broken. Here the device is waited for."""
     best_B, tokens_B = logits_BV.max(dim=-1)  # NaN and +inf win every maximum
     best, tokens = torch.stack((best_B.double(), tokens_B.double())).tolist()
-    chosen = []
-    for row, (value, token) in enumerate(zip(best, tokens, strict=True)):
-        if not float("-inf") < value < float("inf"):
-            chosen.append(NOT_FINITE)
-        else:
-            chosen.append(int(token) if samplers[row].is_plain else samplers[row].choose(logits_BV[row]))
-    return chosen
+    return [
+        int(token) if float("-inf") < value < float("inf") else NOT_FINITE
+        for value, token in zip(best, tokens, strict=True)
+    ]
 
 
 def sample(

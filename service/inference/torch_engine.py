@@ -26,8 +26,9 @@ from service.inference.decoder import Decoder
 from service.inference.detokenizer import TextStream
 from service.inference.engine import AdapterInfo, Chunk, FinishReason, GenerationRequest, OnChunk, TokenLogprob
 from service.inference.fair_queue import FairQueue
+from service.inference.grammar import Grammars
 from service.inference.prefix_cache import BLOCK, PrefixCache
-from service.inference.sampling import NOT_FINITE, Sampler, logprobs_of, next_tokens
+from service.inference.sampling import NOT_FINITE, Sampler, likeliest, logprobs_of
 from service.inference.slot_attention import Piece
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,7 @@ class TorchEngine:
         self.num_slots = self._decoder.slots.num_slots
         self._bank = self._decoder.bank
         self._prefixes = PrefixCache(prefix_bytes)
+        self._grammars = Grammars(tokenizer, self._stop_ids, self._decoder.vocabulary_size)
         self._prompt_tokens = _PROMPT_TOKENS.get(torch.device(device).type, _PROMPT_TOKENS["cuda"])
         self._rows: list[_Sequence] = []  # those with a slot, oldest first; only the stepping thread touches it
         self._stepping = threading.Lock()  # held during a step
@@ -118,14 +120,18 @@ class TorchEngine:
         return self._bank.adapters()
 
     def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None:
-        """Queue a request; `on_chunk` is called from the stepping thread and must return at once."""
+        """Queue a request; `on_chunk` is called from the stepping thread and must return at once.
+
+        With a JSON schema this may take a while: the schema is read here, on the caller's thread.
+        """
         self._check_request(request)
         params = request.sampling
+        matcher = None if params.json_schema is None else self._grammars.matcher(params.json_schema)
         sequence = _Sequence(
             request,
             on_chunk,
             TextStream(self._tokenizer, request.prompt_ids, params.stop),
-            Sampler(params, request.prompt_ids),
+            Sampler(params, request.prompt_ids, matcher),
             (frozenset() if params.ignore_eos else self._stop_ids) | frozenset(params.stop_ids),
         )
         with self._changed:
@@ -367,18 +373,26 @@ class TorchEngine:
                     self._prefixes.put(key, self._decoder.slots.read(sequence.slot, start, start + BLOCK))
 
     def _accept(self, sequences: list[_Sequence], logits_BV: torch.Tensor) -> None:
-        with torch.inference_mode():
-            tokens = next_tokens(logits_BV, [sequence.sampler for sequence in sequences])
-            for row, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-                if token == NOT_FINITE:
-                    self._finish(sequence, "error", error=_BROKEN)
-                elif not sequence.request.sampling.max_tokens:
-                    self._finish(sequence, "length")
-                else:
-                    num_top = sequence.request.sampling.logprobs
-                    if num_top is not None:
-                        sequence.logprobs += logprobs_of(logits_BV[row : row + 1], [token], num_top)
-                    self._advance(sequence, token)
+        for row, (sequence, token) in enumerate(zip(sequences, likeliest(logits_BV), strict=True)):
+            # A row at a time: what one request brings, a grammar for example, ends that request.
+            self._guarded(
+                lambda sequence=sequence, token=token, row=row: self._choose(sequence, token, logits_BV[row]),  # type: ignore[misc]
+                [sequence],
+            )
+
+    @torch.inference_mode()
+    def _choose(self, sequence: _Sequence, token: int, logits_V: torch.Tensor) -> None:
+        """Take the next token of one row; `token` is the likeliest one."""
+        params = sequence.request.sampling
+        if token == NOT_FINITE:
+            return self._finish(sequence, "error", error=_BROKEN)
+        if not params.max_tokens:
+            return self._finish(sequence, "length")
+        if not sequence.sampler.is_plain:
+            token = sequence.sampler.choose(logits_V)
+        if params.logprobs is not None:
+            sequence.logprobs += logprobs_of(logits_V[None], [token], params.logprobs)
+        return self._advance(sequence, token)
 
     def _advance(self, sequence: _Sequence, token: int) -> None:
         """Take one token in: text that is certain goes out, and the end is noticed."""
@@ -389,6 +403,8 @@ class TorchEngine:
         text = sequence.text.push(token)
         if sequence.text.stopped:
             return self._finish(sequence, "stop", text)
+        if sequence.sampler.is_done:
+            return self._finish(sequence, "stop", text + sequence.text.finish())
         if len(sequence.answer) == sequence.request.sampling.max_tokens:
             text += sequence.text.finish()
             return self._finish(sequence, "stop" if sequence.text.stopped else "length", text)

@@ -336,6 +336,46 @@ def test_prompt_log_probabilities_are_the_models_own(llama: Bench, digest: str |
     assert running.text == llama.expected["a"][0]
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["lost", "broken"]}, "urgent": {"type": "boolean"}},
+    "required": ["kind", "urgent"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_an_answer_under_a_schema_is_json_of_that_schema_from_any_model(llama: Bench, temperature: float) -> None:
+    """Random weights say anything; `stop_ids` are among the tokens that they like."""
+    engine = llama.engine(stop_ids=[5, 6])
+    sampling = SamplingParams(max_tokens=120, temperature=temperature, seed=1, json_schema=json.dumps(SCHEMA))
+    free = [_submit(engine, request) for request in llama.requests("c")[:1]]
+    asked = [_submit(engine, request) for request in llama.requests("a", None, sampling=sampling)[:4]]
+    _drain(engine)
+    for answer in asked:
+        value = json.loads(answer.text)
+        assert answer.reason == "stop"
+        assert set(value) == {"kind", "urgent"}
+        assert value["kind"] in ("lost", "broken") and value["urgent"] in (True, False)
+    assert free[0].text == llama.engine(stop_ids=[5, 6]).generate(llama.requests("c")[:1])[0]
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        ('{"type": "nonsense"}', "nonsense"),
+        ('{"type": "string", "pattern": "(a+["}', "pattern|regex"),
+        ('{"$ref": "http://example.com/schema"}', "cannot be followed"),
+        ("[", "cannot be followed"),
+        ('"' + "x" * 100_001 + '"', "at most 100000"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_refused_at_submit(llama: Bench, schema: str, words: str) -> None:
+    sampling = SamplingParams(max_tokens=9, json_schema=schema)
+    with pytest.raises(RequestError, match=words):
+        llama.engine().submit(GenerationRequest("r", (1, 2), sampling), Answer())
+
+
 def test_stop_ids_of_a_request_and_going_on_after_the_models_own(llama: Bench) -> None:
     full = _submit(free := llama.engine(), llama.requests(None)[0])
     _drain(free)

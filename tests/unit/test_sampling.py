@@ -10,9 +10,17 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 
 from service.errors import RequestError
 from service.inference.engine import SamplingParams
-from service.inference.sampling import NOT_FINITE, Sampler, candidates, generator_for, logprobs_of, next_tokens, sample
+from service.inference.sampling import NOT_FINITE, Sampler, candidates, generator_for, likeliest, logprobs_of, sample
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+def next_tokens(logits: torch.Tensor, samplers: list[Sampler]) -> list[int]:
+    """What the engine does with a step's logits."""
+    return [
+        token if sampler.is_plain or token == NOT_FINITE else sampler.choose(row)
+        for token, sampler, row in zip(likeliest(logits), samplers, logits, strict=True)
+    ]
 
 
 def _samplers(*params: SamplingParams) -> list[Sampler]:

@@ -1,4 +1,4 @@
-"""From the engine's chunks to the body of an answer, whole or as a stream of events. Touches no names and no adapters."""
+"""From the engine's parts to the body of an answer, whole or as a stream of events. Touches no names and no adapters."""
 
 from __future__ import annotations
 
@@ -7,39 +7,48 @@ from typing import Any
 
 from serve.http_errors import answer_to
 from serve.openai_answers import DONE, Answer, Usage, event
-from serve.openai_api import ChatRequest
+from serve.openai_api import Ask
+from serve.parts import Part, Started
 from service.errors import ClusterError
-from service.inference.engine import Chunk
 
 
-async def completion(stream: Any, answer: Answer, num_prompt_tokens: int) -> dict[str, Any]:
-    """The body of a whole answer. The request is cancelled in the engine if the caller goes away."""
-    texts, num_tokens, reason = [], 0, "stop"
+async def completion(stream: Any, ask: Ask, answer: Answer, started: Started) -> dict[str, Any]:
+    """The body of all answers. The request is cancelled in the engine if the caller goes away."""
+    found: dict[int, Part] = {}
+    counts = _Counts(started)
     try:
-        async for chunk in stream:
-            _check_whole(chunk)
-            texts.append(chunk.text)
-            num_tokens += chunk.num_tokens
-            reason = chunk.finish_reason or reason
+        async for part in stream:
+            _check_whole(part)
+            counts.add(part)
+            found[part.choice] = found[part.choice].joined(part) if part.choice in found else part
     finally:
         stream.cancel()
-    return answer.completion("".join(texts), reason, Usage(num_prompt_tokens, num_tokens))
+    scores = ask.sampling.logprobs is not None
+    choices = [
+        answer.choice(index, part.text, part.finish_reason or "stop", part.scored if scores else None)
+        for index, part in sorted(found.items())
+    ]
+    return answer.whole(choices, counts.usage())
 
 
-async def events(stream: Any, chat: ChatRequest, answer: Answer, num_prompt_tokens: int) -> AsyncIterator[str]:
-    """The server-sent events of a streamed answer: role, contents, finish reason, usage if asked for, [DONE]."""
-    num_tokens = 0
+async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> AsyncIterator[str]:
+    """The server-sent events of streamed answers: roles, contents, finish reasons, usage if asked for, [DONE]."""
+    counts, offsets, usage = _Counts(started), dict.fromkeys(range(ask.n * len(ask.prompts)), 0), ask.include_usage
     try:
-        yield answer.chunk({"role": "assistant", "content": ""}, with_usage=chat.include_usage)
-        async for chunk in stream:
-            _check_whole(chunk)
-            num_tokens += chunk.num_tokens
-            if chunk.text:
-                yield answer.chunk({"content": chunk.text}, with_usage=chat.include_usage)
-            if chunk.finish_reason:
-                yield answer.chunk({}, chunk.finish_reason, with_usage=chat.include_usage)
-        if chat.include_usage:
-            yield answer.usage_chunk(Usage(num_prompt_tokens, num_tokens))
+        if ask.is_chat:
+            for index in offsets:
+                yield answer.chunk(index, "", role=True, with_usage=usage)
+        async for part in stream:
+            _check_whole(part)
+            counts.add(part)
+            index, scored = part.choice, part.scored if ask.sampling.logprobs is not None else ()
+            if part.text or scored:
+                yield answer.chunk(index, part.text, scored=scored, offset=offsets[index], with_usage=usage)
+                offsets[index] += len(part.text)
+            if part.finish_reason:
+                yield answer.chunk(index, None, part.finish_reason, with_usage=usage)
+        if usage:
+            yield answer.usage_chunk(counts.usage())
         yield DONE
     except Exception as error:
         yield event(answer_to(error)[1])
@@ -47,8 +56,24 @@ async def events(stream: Any, chat: ChatRequest, answer: Answer, num_prompt_toke
         stream.cancel()
 
 
-def _check_whole(chunk: Chunk) -> None:
-    if chunk.finish_reason == "cancelled":
+class _Counts:
+    """Tokens of all answers to a request."""
+
+    def __init__(self, started: Started) -> None:
+        self._started, self._num_tokens = started, 0
+        self._cached: dict[int, int] = {}
+
+    def add(self, part: Part) -> None:
+        self._num_tokens += part.num_tokens
+        self._cached[part.choice] = part.num_cached_tokens
+
+    def usage(self) -> Usage:
+        cached = min(sum(self._cached.values()), self._started.num_prompt_tokens)  # n answers share their prompt
+        return Usage(self._started.num_prompt_tokens, self._num_tokens, cached)
+
+
+def _check_whole(part: Part) -> None:
+    if part.finish_reason == "cancelled":
         raise ClusterError("the engine was stopped before the answer was complete. Send the request again.")
-    if chunk.finish_reason == "error":
-        raise RuntimeError(chunk.error)
+    if part.finish_reason == "error":
+        raise RuntimeError(part.error)

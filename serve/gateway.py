@@ -21,9 +21,10 @@ from serve.chunks import completion, events
 from serve.desired import Base, Desired, EndpointFiles
 from serve.http_errors import HANDLERS
 from serve.openai_answers import Answer, models_body
-from serve.openai_api import parse_chat, parse_object
+from serve.openai_api import Ask, parse_chat, parse_text
+from serve.openai_fields import parse_object
+from serve.parts import Started
 from serve.registration import Registration, register, registrable
-from serve.replica import Started
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from service.domain import ModelRef
 from service.errors import ClusterError, ModelError, NotFoundError, RequestError, StorageError
@@ -67,21 +68,29 @@ class Gateway:
 
     @http.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
-        """One answer, streamed or whole."""
-        chat = parse_chat(await http_body.read(request))
-        headers = http_body.ignored(request, chat.ignored)
-        target, epoch = await self._target(chat.model)
-        stream = self._engine.generate.remote(chat, target, epoch)
+        """Answers to a conversation, streamed or whole."""
+        return await self._generate(parse_chat(await http_body.read(request)), request)
+
+    @http.post("/v1/completions")
+    async def text(self, request: Request) -> Response:
+        """Continuations of texts, streamed or whole; with `echo` and `logprobs`, what the model makes of a prompt."""
+        return await self._generate(parse_text(await http_body.read(request)), request)
+
+    async def _generate(self, ask: Ask, request: Request) -> Response:
+        headers = http_body.ignored(request, ask.ignored)
+        target, epoch = await self._target(ask.model)
+        stream = self._engine.generate.remote(ask, target, epoch)
         try:
             started: Started = await anext(stream)
         except BaseException:
             stream.cancel()
             raise
-        answer = Answer(f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), started.model, started.digest)
-        if chat.stream:
-            body = events(stream, chat, answer, started.num_prompt_tokens)
+        name = f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+        answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat)
+        if ask.stream:
+            body = events(stream, ask, answer, started)
             return StreamingResponse(body, media_type="text/event-stream", headers=headers)
-        return JSONResponse(await completion(stream, answer, started.num_prompt_tokens), headers=headers)
+        return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
 
     @http.get("/v1/adapters")
     async def adapters(self) -> Response:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve.parts import Scored
 from serve.routing import UnknownModelError
 from service.errors import (
     ClusterError,
@@ -40,17 +41,19 @@ _STATUSES: tuple[tuple[type[BaseException], int, str], ...] = (
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts of one answer."""
+    """Token counts of one request; `num_cached_tokens` of the prompts' were not computed again."""
 
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         """OpenAI's `usage`."""
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_completion_tokens,
             "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
         }
 
 
@@ -62,22 +65,54 @@ class Answer:
     created: int
     model: str
     digest: str
+    is_chat: bool = True
 
-    def completion(self, text: str, finish_reason: str, usage: Usage) -> dict[str, Any]:
-        """The whole answer, not streamed."""
-        message = {"role": "assistant", "content": text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": usage.body()}
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+        """All answers, not streamed, made by `choice`."""
+        return {
+            **self._head("chat.completion" if self.is_chat else "text_completion"),
+            "choices": choices,
+            "usage": usage.body(),
+        }
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None, *, with_usage: bool = False) -> str:
-        """One server-sent event. With include_usage every chunk but the last carries `usage: null`."""
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def choice(self, index: int, text: str, finish_reason: str, scored: Sequence[Scored] | None) -> dict[str, Any]:
+        """One answer; `scored` None where no log-probabilities were asked for."""
+        if self.is_chat:
+            message = {"role": "assistant", "content": text, "refusal": None}
+            logprobs = None if scored is None else _chat_logprobs(scored)
+            return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason}
+        logprobs = None if scored is None else _text_logprobs(scored, 0)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def chunk(
+        self,
+        index: int,
+        text: str | None,
+        finish_reason: str | None = None,
+        *,
+        role: bool = False,
+        scored: Sequence[Scored] = (),
+        offset: int = 0,
+        with_usage: bool = False,
+    ) -> str:
+        """One server-sent event, `offset` characters into the answer. With include_usage all but the last say `usage: null`."""
+        choice: dict[str, Any] = {"index": index, "logprobs": None, "finish_reason": finish_reason}
+        if self.is_chat:
+            choice["delta"] = ({"role": "assistant"} if role else {}) | ({} if text is None else {"content": text})
+            choice["logprobs"] = _chat_logprobs(scored) if scored else None
+        else:
+            choice["text"] = text or ""
+            choice["logprobs"] = _text_logprobs(scored, offset) if scored else None
         usage = {"usage": None} if with_usage else {}
-        return event({**self._head("chat.completion.chunk"), "choices": [choice], **usage})
+        return event({**self._head(self._chunk_kind), "choices": [choice], **usage})
 
     def usage_chunk(self, usage: Usage) -> str:
         """The event before [DONE] that include_usage asks for: no choices, the counts."""
-        return event({**self._head("chat.completion.chunk"), "choices": [], "usage": usage.body()})
+        return event({**self._head(self._chunk_kind), "choices": [], "usage": usage.body()})
+
+    @property
+    def _chunk_kind(self) -> str:
+        return "chat.completion.chunk" if self.is_chat else "text_completion"
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
@@ -87,6 +122,28 @@ class Answer:
             "model": self.model,
             "loray": {"model_digest": self.digest},
         }
+
+
+def _chat_logprobs(scored: Sequence[Scored]) -> dict[str, Any]:
+    def entry(text: str, logprob: float | None) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    content = [{**entry(s.text, s.logprob), "top_logprobs": [entry(*one) for one in s.top]} for s in scored]
+    return {"content": content, "refusal": None}
+
+
+def _text_logprobs(scored: Sequence[Scored], offset: int) -> dict[str, Any]:
+    """The older shape. Two tokens of the same text are one key of `top_logprobs`: the likelier one's."""
+    offsets = []
+    for one in scored:
+        offsets.append(offset)
+        offset += len(one.text)
+    return {
+        "tokens": [one.text for one in scored],
+        "token_logprobs": [one.logprob for one in scored],
+        "top_logprobs": [None if one.logprob is None else dict(reversed(one.top)) for one in scored],
+        "text_offset": offsets,
+    }
 
 
 def event(body: dict[str, Any]) -> str:

@@ -8,31 +8,26 @@ cancels its request in the engine. No HTTP here (`gateway.py`), no decisions abo
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import threading
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ray.serve as ray_serve
 
 from serve.adapter_sync import AdapterSync
 from serve.desired import Base, EndpointFiles
-from serve.openai_api import ChatRequest
+from serve.openai_api import Ask, Prompt
+from serve.parts import Part, Started, part_of
 from serve.routing import Target
 from service.base_models import resolve_base_model
 from service.config import EngineBlock
 from service.errors import DataError, ModelError, RequestError
-from service.inference.engine import Chunk, GenerationRequest, SamplingParams
-
-
-@dataclass(frozen=True)
-class Started:
-    """The first thing `generate` yields: who answers, and how long the prompt is."""
-
-    model: str
-    digest: str
-    num_prompt_tokens: int
+from service.inference.engine import Chunk, GenerationRequest, OnChunk, SamplingParams
 
 
 class EngineReplica:
@@ -63,38 +58,53 @@ class EngineReplica:
         replica = ray_serve.get_replica_context().replica_tag
         self._adapters = AdapterSync(self._engine, files, base.digest, replica.replace("#", "-"), cache)
         self._adapters.start()
+        self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))
         self._tokenizing = asyncio.Lock()  # the tokenizer is not to be used by two threads at once
 
-    async def generate(self, request: ChatRequest, target: Target, epoch: int) -> AsyncIterator[Started | Chunk]:
-        """`Started`, then the chunks. Errors of the request are raised before `Started`, so that a status can tell."""
-        prompt_ids = await self._prompt_ids(request)
-        sampling = self._sampling(request, len(prompt_ids))
+    async def generate(self, ask: Ask, target: Target, epoch: int) -> AsyncIterator[Started | Part]:
+        """`Started`, then parts of the answers. Errors of the request are raised before it, so that a status can tell."""
+        prompts = [await self._prompt_ids(prompt, ask.prompt_field) for prompt in ask.prompts]
+        samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
+        echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
         answering = await self._adapters.admit(target, epoch)
-        chunks: asyncio.Queue[Chunk] = asyncio.Queue()
+        running = _Countdown(len(samplings), lambda: self._adapters.release(answering))
+        parts: asyncio.Queue[Part] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def on_chunk(chunk: Chunk) -> None:
-            if chunk.finish_reason is not None:
-                self._adapters.release(answering)
-            loop.call_soon_threadsafe(chunks.put_nowait, chunk)
+        def listener(choice: int) -> OnChunk:
+            def on_chunk(chunk: Chunk) -> None:
+                if chunk.finish_reason is not None:
+                    running.down()
+                part = part_of(choice, chunk, self._token_text, with_prompt_scores=ask.echo)
+                loop.call_soon_threadsafe(parts.put_nowait, part)
+
+            return on_chunk
 
         adapter = None if answering.is_base else answering.digest
-        generation = GenerationRequest(uuid.uuid4().hex, tuple(prompt_ids), sampling, adapter)
+        requests = [
+            GenerationRequest(uuid.uuid4().hex, prompts[choice // ask.n], sampling, adapter)
+            for choice, sampling in enumerate(samplings)
+        ]
+        num_submitted = num_finished = 0
         try:
-            self._engine.submit(generation, on_chunk)
-        except BaseException:
-            self._adapters.release(answering)
-            raise
-        finished = False
-        try:
-            yield Started(answering.model, answering.digest, len(prompt_ids))
-            while not finished:
-                chunk = await _next(chunks)
-                finished = chunk.finish_reason is not None
-                yield chunk
+            for choice, request in enumerate(requests):
+                if request.sampling.json_schema is None:
+                    self._engine.submit(request, listener(choice))
+                else:  # reading a schema takes a while
+                    await asyncio.to_thread(self._engine.submit, request, listener(choice))
+                num_submitted += 1
+            yield Started(answering.model, answering.digest, sum(len(prompt) for prompt in prompts))
+            for choice, text in enumerate(text for text in echoed for _ in range(ask.n)):
+                yield Part(choice, text)
+            while num_finished < len(requests):
+                for part in await _next(parts):
+                    num_finished += part.finish_reason is not None
+                    yield part
         finally:
-            if not finished:
-                self._engine.cancel(generation.id)
+            if num_finished < len(requests):
+                running.down(len(requests) - num_submitted)
+                for request in requests[:num_submitted]:
+                    self._engine.cancel(request.id)
 
     def check_health(self) -> None:
         """Called by Ray Serve: raises when the engine's thread is dead or stuck, and the replica is replaced."""
@@ -107,49 +117,69 @@ class EngineReplica:
         if hasattr(self, "_engine"):
             self._engine.close()
 
-    async def _prompt_ids(self, request: ChatRequest) -> list[int]:
+    async def _prompt_ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
+        """A conversation through the template; a text with the special tokens its tokenizer adds; token ids as they are."""
+
+        def ids() -> tuple[int, ...]:
+            if isinstance(prompt, str):
+                return tuple(self._renderer.tokenizer(prompt)["input_ids"])
+            messages: Any = prompt
+            return tuple(self._renderer.prompt_ids(messages))
+
+        if not isinstance(prompt, str) and isinstance(prompt[0], int):
+            return prompt
         try:
             async with self._tokenizing:
-                return await asyncio.to_thread(self._renderer.prompt_ids, request.messages)
+                return await asyncio.to_thread(ids)
         except DataError as error:
-            raise RequestError(f"messages: {error}", "messages") from None
+            raise RequestError(f"{field}: {error}", field) from None
 
-    def _sampling(self, request: ChatRequest, num_prompt_tokens: int) -> SamplingParams:
+    def _text(self, prompt: Prompt, ids: tuple[int, ...]) -> str:
+        return prompt if isinstance(prompt, str) else str(self._renderer.tokenizer.decode(ids))
+
+    def _sampling(self, ask: Ask, num_prompt_tokens: int, number: int) -> SamplingParams:
+        """How the answer of this number among those to one prompt is sampled: each from its own seed."""
         room = self._engine.max_context - num_prompt_tokens
         if room < 1:
             raise RequestError(
-                f"messages: the prompt has {num_prompt_tokens} tokens and this endpoint's context holds "
-                f"{self._engine.max_context}, the answer included. Shorten the messages.",
-                "messages",
+                f"{ask.prompt_field}: the prompt has {num_prompt_tokens} tokens and this endpoint's context holds "
+                f"{self._engine.max_context}, the answer included. Shorten it.",
+                ask.prompt_field,
             )
-        if request.max_tokens is not None and request.max_tokens > room:
+        if ask.max_tokens is not None and ask.max_tokens > room:
             raise RequestError(
-                f"{request.max_tokens_field}: {request.max_tokens} tokens after a prompt of {num_prompt_tokens} do not fit "
+                f"{ask.max_tokens_field}: {ask.max_tokens} tokens after a prompt of {num_prompt_tokens} do not fit "
                 f"in this endpoint's context of {self._engine.max_context}. Ask for at most {room}.",
-                request.max_tokens_field,
+                ask.max_tokens_field,
             )
-        return SamplingParams(
-            max_tokens=request.max_tokens or room,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            seed=request.seed,
-            stop=request.stop,
-        )
+        seed = ask.sampling.seed
+        seed = None if seed is None else (seed + number + 2**63) % 2**64 - 2**63
+        return replace(ask.sampling, max_tokens=room if ask.max_tokens is None else ask.max_tokens, seed=seed)
 
 
-async def _next(chunks: asyncio.Queue[Chunk]) -> Chunk:
-    """The next chunk, joined with all that came meanwhile: one message between processes instead of many."""
-    chunk = await chunks.get()
-    while chunk.finish_reason is None and not chunks.empty():
-        later = chunks.get_nowait()
-        chunk = replace(
-            later,
-            text=chunk.text + later.text,
-            token_ids=chunk.token_ids + later.token_ids,
-            logprobs=chunk.logprobs + later.logprobs,
-            prompt_logprobs=chunk.prompt_logprobs + later.prompt_logprobs,
-        )
-    return chunk
+class _Countdown:
+    """Calls back once, when all have ended; from whatever thread the last one ends in."""
+
+    def __init__(self, count: int, at_zero: Callable[[], None]) -> None:
+        self._count, self._at_zero, self._lock = count, at_zero, threading.Lock()
+
+    def down(self, by: int = 1) -> None:
+        with self._lock:
+            self._count -= by
+            ended = by > 0 and self._count == 0
+        if ended:
+            self._at_zero()
+
+
+async def _next(parts: asyncio.Queue[Part]) -> list[Part]:
+    """What has come, joined by answer: one message between processes instead of many."""
+    joined: dict[int, Part] = {}
+    part = await parts.get()
+    while True:
+        joined[part.choice] = joined[part.choice].joined(part) if part.choice in joined else part
+        if parts.empty():
+            return list(joined.values())
+        part = parts.get_nowait()
 
 
 def _check_same(base: Base, digest: str, renderer_digest: str) -> None:

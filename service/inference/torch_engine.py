@@ -469,6 +469,8 @@ class TorchEngine:
         vocabulary = self._decoder.vocabulary_size
         if not all(0 <= token < vocabulary for token in request.prompt_ids):
             raise RequestError(f"the prompt holds token ids outside 0 to {vocabulary - 1}.", param="prompt")
+        if not all(0 <= token < vocabulary for token, _ in request.sampling.logit_bias):
+            raise RequestError(f"logit_bias holds token ids outside 0 to {vocabulary - 1}.", param="logit_bias")
         if num_prompt + max_tokens > self.max_context:
             raise RequestError(
                 f"prompt of {num_prompt} tokens and max_tokens {max_tokens} are {num_prompt + max_tokens}, the context "

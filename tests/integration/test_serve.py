@@ -104,6 +104,74 @@ def test_a_seed_reproduces_a_sampled_answer(endpoint: Endpoint) -> None:
     assert endpoint.ask("base", temperature=1.5, seed=6) != first
 
 
+def test_several_answers_come_in_one_body_or_one_stream(endpoint: Endpoint) -> None:
+    options: dict[str, Any] = {"model": "base", "messages": HELLO, "max_tokens": 12, "temperature": 1.5, "n": 3}
+    answer = endpoint.client.chat.completions.create(**options, seed=5)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2] and len(set(texts)) == 3
+    assert texts[0] == endpoint.ask("base", temperature=1.5, seed=5, max_tokens=12)
+    assert answer.usage is not None and answer.usage.completion_tokens == 36
+    streamed = ["", "", ""]
+    ends = []
+    for chunk in endpoint.client.chat.completions.create(**options, seed=5, stream=True):
+        (choice,) = chunk.choices
+        streamed[choice.index] += choice.delta.content or ""
+        ends += [choice.index] if choice.finish_reason else []
+    assert streamed == texts and sorted(ends) == [0, 1, 2]
+
+
+def test_penalties_biases_and_stop_ids_act(endpoint: Endpoint, base: Path) -> None:
+    plain = endpoint.post(max_tokens=8, temperature=0, logprobs=True).json()["choices"][0]
+    first = plain["logprobs"]["content"][0]["token"]
+    ids = load_renderer(base).tokenizer(first, add_special_tokens=False)["input_ids"]
+    banned = endpoint.post(max_tokens=8, temperature=0, logit_bias={str(ids[0]): -100}).json()["choices"][0]
+    assert not banned["message"]["content"].startswith(first)
+    ended = endpoint.post(max_tokens=8, temperature=0, stop_token_ids=ids[:1]).json()
+    assert ended["usage"]["completion_tokens"] == 1 and ended["choices"][0]["finish_reason"] == "stop"
+    for option in ({"repetition_penalty": 9.0}, {"frequency_penalty": 2.0, "presence_penalty": 2.0}):
+        assert endpoint.post(max_tokens=8, temperature=0, **option).json()["choices"][0] != plain
+
+
+def test_an_answer_under_a_schema_is_json_of_it(endpoint: Endpoint) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    answer = endpoint.ask("base", temperature=1.0, seed=1, max_tokens=100, response_format=wanted)
+    assert json.loads(answer)["a"] in (1, 2)
+
+
+def test_a_prompts_log_probabilities_are_the_models_own(endpoint: Endpoint, base: Path) -> None:
+    """Through the official client's text completions, as an evaluation harness asks: prompts as text and as token ids."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, renderer = AutoModelForCausalLM.from_pretrained(base), load_renderer(base)
+    texts = ["Hello there", "to be or not"]
+    all_ids: list[list[int]] = [renderer.tokenizer(text)["input_ids"] for text in texts]
+    prompts: list[Any] = [texts, all_ids]
+    answers = [
+        endpoint.client.completions.create(
+            model="base", prompt=prompt, echo=True, max_tokens=1, logprobs=2, temperature=0
+        )
+        for prompt in prompts
+    ]
+    for number, (text, ids) in enumerate(zip(texts, all_ids, strict=True)):
+        with torch.inference_mode():
+            expected = torch.log_softmax(model(torch.tensor([ids])).logits[0].float(), -1)
+        for answer in answers:
+            choice = answer.choices[number]
+            assert choice.text.startswith(text) and choice.logprobs is not None
+            seen: list[Any] = list(choice.logprobs.token_logprobs or [])
+            assert len(seen) == len(ids) + 1 and seen[0] is None
+            for place in range(1, len(ids)):
+                assert seen[place] == pytest.approx(float(expected[place - 1, ids[place]]), abs=1e-3)
+            assert seen[-1] == pytest.approx(float(expected[-1].max()), abs=1e-3)
+            assert "".join(choice.logprobs.tokens or []) == choice.text
+    streamed = endpoint.client.completions.create(
+        model="base", prompt=texts[0], echo=True, max_tokens=1, temperature=0, stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in streamed) == answers[0].choices[0].text
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -113,8 +181,9 @@ def test_a_seed_reproduces_a_sampled_answer(endpoint: Endpoint) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        ({"n": 2}, "n"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"n": 1000}, "n"),
+        ({"logit_bias": {"1000000": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}}, "response_format"),
         ({"stop": [1]}, "stop"),
     ],
 )
@@ -155,13 +224,13 @@ def test_openais_client_raises_its_own_exceptions(endpoint: Endpoint) -> None:
 
 
 def test_unknown_fields_are_named_and_strict_makes_them_an_error(endpoint: Endpoint) -> None:
-    response = endpoint.post(max_tokens=1, top_k=4, user="me")
+    response = endpoint.post(max_tokens=1, top_z=4, user="me")
     assert response.status_code == 200
-    assert response.headers["x-loray-ignored"] == "top_k"
-    body = {"model": "base", "messages": HELLO, "max_tokens": 1, "top_k": 4}
+    assert response.headers["x-loray-ignored"] == "top_z"
+    body = {"model": "base", "messages": HELLO, "max_tokens": 1, "top_z": 4}
     strict = endpoint.http.post("/v1/chat/completions", json=body, headers={"x-loray-strict": "true"})
     assert strict.status_code == 400
-    assert strict.json()["error"]["param"] == "top_k"
+    assert strict.json()["error"]["param"] == "top_z"
 
 
 def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint) -> None:

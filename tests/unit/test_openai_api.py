@@ -1,12 +1,14 @@
 """Request bodies: what is wrong is named, all at once, by its field; what is unknown is named; nothing is ignored."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from serve.openai_answers import Answer, Usage, error_answer, ignored_header
-from serve.openai_api import parse_chat
+from serve.openai_api import MAX_CHOICES, parse_chat, parse_text
+from serve.parts import Scored
 from serve.routing import UnknownModelError
 from service.errors import (
     ClusterError,
@@ -18,6 +20,7 @@ from service.errors import (
     StorageError,
     TrainingError,
 )
+from service.inference.engine import SamplingParams
 
 GOOD: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -28,7 +31,8 @@ def body(**fields: Any) -> bytes:
 
 def test_a_short_body_gets_openais_defaults() -> None:
     request = parse_chat(body())
-    assert (request.temperature, request.top_p, request.seed, request.stop) == (1.0, 1.0, None, ())
+    assert request.sampling == SamplingParams(max_tokens=1)
+    assert (request.n, request.echo, request.is_chat) == (1, False, True)
     assert (request.max_tokens, request.stream, request.include_usage, request.ignored) == (None, False, False, ())
 
 
@@ -80,15 +84,29 @@ def test_a_short_body_gets_openais_defaults() -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": []}, "stream_options"),
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
-        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
         ({"n": True}, "n"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 129}, "n"),
+        ({"logprobs": 1}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"stop_token_ids": 3}, "stop_token_ids"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "grammar"}}, "response_format"),
+        ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 3}}}, "response_format"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": False}, "frequency_penalty"),
         ({"functions": [{}]}, "functions"),
         ({"modalities": ["audio"]}, "modalities"),
@@ -141,7 +159,7 @@ def test_what_is_wrong_with_thousands_of_messages_is_a_short_text() -> None:
 def test_the_parts_of_all_messages_together_are_bounded() -> None:
     part = {"type": "text", "text": "a"}
     message = {"role": "user", "content": [part] * 2048}
-    assert len(parse_chat(body(messages=[message, message])).messages) == 2
+    assert len(parse_chat(body(messages=[message, message])).prompts[0]) == 2
     with pytest.raises(RequestError, match=r"messages\[2\]\.content: all messages together have more than 4096 parts"):
         parse_chat(body(messages=[message, message, message]))
     with pytest.raises(RequestError) as caught:
@@ -186,14 +204,14 @@ def test_neutral_values_of_unsupported_fields_and_fields_without_effect_pass() -
         )
     )
     assert request.ignored == ()
-    assert request.temperature == 1.0
+    assert request.sampling == SamplingParams(max_tokens=1)
 
 
 def test_unknown_fields_are_named_wherever_they_stand() -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a", "mark": 1}], "mood": "gay"}]
-    request = parse_chat(body(top_k=5, messages=messages, stream=True, stream_options={"colour": 1}))
+    request = parse_chat(body(top_z=5, messages=messages, stream=True, stream_options={"colour": 1}))
     assert set(request.ignored) == {
-        "top_k",
+        "top_z",
         "messages[0].mood",
         "messages[0].content[0].mark",
         "stream_options.colour",
@@ -210,14 +228,14 @@ def test_text_parts_are_joined_and_a_clients_own_answer_can_be_sent_back() -> No
         "annotations": [],
     }
     request = parse_chat(body(messages=[{"role": "developer", "content": parts}, dumped]))
-    assert request.messages == ({"role": "system", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
+    assert request.prompts[0] == ({"role": "system", "content": "Hello"}, {"role": "assistant", "content": "Hi"})
     assert request.ignored == ()
 
 
 def test_stop_is_a_text_or_a_list() -> None:
-    assert parse_chat(body(stop="a")).stop == ("a",)
-    assert parse_chat(body(stop=["a", "b"])).stop == ("a", "b")
-    assert parse_chat(body(stop=[])).stop == ()
+    assert parse_chat(body(stop="a")).sampling.stop == ("a",)
+    assert parse_chat(body(stop=["a", "b"])).sampling.stop == ("a", "b")
+    assert parse_chat(body(stop=[])).sampling.stop == ()
 
 
 def test_max_completion_tokens_is_max_tokens() -> None:
@@ -261,10 +279,99 @@ def test_an_unknown_model_has_openais_code() -> None:
 
 def test_bodies_name_the_model_and_its_digest() -> None:
     answer = Answer("chatcmpl-1", 5, "tickets@1", "d1")
-    whole = answer.completion("Hi", "stop", Usage(3, 2))
+    whole = answer.whole([answer.choice(0, "Hi", "stop", None)], Usage(3, 2))
     assert (whole["model"], whole["loray"], whole["usage"]["total_tokens"]) == ("tickets@1", {"model_digest": "d1"}, 5)
-    chunk = json.loads(answer.chunk({"content": "Hi"}, with_usage=True).removeprefix("data: "))
+    chunk = json.loads(answer.chunk(0, "Hi", with_usage=True).removeprefix("data: "))
     assert (chunk["object"], chunk["usage"], chunk["model"]) == ("chat.completion.chunk", None, "tickets@1")
+
+
+def test_every_way_to_sample_is_read() -> None:
+    fields = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3, "stop": ["a"], "stop_token_ids": [4, 5],
+        "ignore_eos": True, "repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+        "logit_bias": {"5": -100, "6": 1.5},
+    }  # fmt: skip
+    expected = SamplingParams(
+        max_tokens=1, temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, seed=3, stop=("a",), stop_ids=(4, 5),
+        ignore_eos=True, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=-0.5,
+        logit_bias=((5, -100.0), (6, 1.5)),
+    )  # fmt: skip
+    chat = parse_chat(body(**fields, n=3, logprobs=True, top_logprobs=2))
+    assert chat.sampling == replace(expected, logprobs=2) and chat.n == 3
+    text = parse_text(json.dumps({"model": "m", "prompt": "a", **fields, "logprobs": 4, "echo": True}).encode())
+    assert text.sampling == replace(expected, logprobs=4, prompt_logprobs=4) and text.echo
+    assert chat.ignored == text.ignored == ()
+
+
+def test_a_schema_is_taken_as_it_is_and_json_object_is_any_object() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True, "colour": 1}}
+    request = parse_chat(body(response_format=wanted))
+    assert json.loads(request.sampling.json_schema or "") == schema
+    assert request.ignored == ("response_format.json_schema.colour",)
+    request = parse_chat(body(response_format={"type": "json_object"}))
+    assert json.loads(request.sampling.json_schema or "") == {"type": "object"}
+
+
+def _text(**fields: Any) -> bytes:
+    return json.dumps({"model": "m", "prompt": "a", **fields}).encode()
+
+
+BAD_PROMPTS: list[Any] = [None, "", [], [[]], [""], [1, "a"], [[1], [True]], [-1], 5, {}, "\ud800"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ("a",)), (["a", "b"], ("a", "b")), ([1, 2], ((1, 2),)), ([[1, 2], [3]], ((1, 2), (3,)))],
+)
+def test_prompts_are_texts_or_token_ids_one_or_several(prompt: Any, expected: Any) -> None:
+    assert parse_text(_text(prompt=prompt)).prompts == expected
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        *[({"prompt": bad}, "prompt") for bad in BAD_PROMPTS],
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ["a"] * 65, "n": 2}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"echo": "yes"}, "echo"),
+        ({"suffix": "end"}, "suffix"),
+        ({"best_of": 2}, "best_of"),
+    ],
+)
+def test_a_bad_field_of_a_text_request_is_named(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_text(_text(**fields))
+    assert caught.value.param == param
+
+
+def test_a_text_request_has_its_own_defaults() -> None:
+    request = parse_text(_text())
+    assert (request.max_tokens, request.sampling.logprobs, request.sampling.prompt_logprobs) == (16, None, None)
+    scoring = parse_text(_text(echo=True, max_tokens=0, logprobs=1))
+    assert (scoring.max_tokens, scoring.sampling.prompt_logprobs) == (0, 1)
+    assert parse_text(_text(echo=True, max_tokens=0)).sampling.prompt_logprobs == 0
+    assert len(parse_text(_text(prompt=["a"] * MAX_CHOICES)).prompts) == MAX_CHOICES
+    assert parse_text(_text(messages=[], response_format={})).ignored == ("messages", "response_format")
+
+
+def test_log_probabilities_have_openais_two_shapes() -> None:
+    scored = [Scored("a", None), Scored("bc", -0.5, (("bc", -0.5), ("é", -2.0)))]
+    text = Answer("cmpl-1", 5, "m", "d", is_chat=False).choice(0, "abc", "length", scored)
+    assert text["logprobs"] == {
+        "tokens": ["a", "bc"],
+        "token_logprobs": [None, -0.5],
+        "top_logprobs": [None, {"bc": -0.5, "é": -2.0}],
+        "text_offset": [0, 1],
+    }
+    chat = Answer("chatcmpl-1", 5, "m", "d").choice(0, "bc", "stop", scored[1:])
+    (entry,) = chat["logprobs"]["content"]
+    assert (entry["token"], entry["logprob"], entry["bytes"]) == ("bc", -0.5, [98, 99])
+    assert [top["token"] for top in entry["top_logprobs"]] == ["bc", "é"]
+    assert entry["top_logprobs"][1]["bytes"] == [195, 169]
 
 
 def test_the_header_of_ignored_names_is_one_line_of_ascii() -> None:

@@ -7,13 +7,13 @@ values is decided in `routing.py` and `adapters.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from serve.routing import Registered
+from serve.routing import Registered, Split
 from service import storage
 from service.errors import ConflictError, NotFoundError, StorageError
 
@@ -42,6 +42,7 @@ class Desired(BaseModel):
 
     epoch: int = 0
     adapters: dict[str, Registered] = {}
+    splits: dict[str, Split] = {}
 
 
 class AdapterReport(BaseModel):
@@ -84,12 +85,14 @@ class EndpointFiles:
         """The desired state; empty, epoch 0, before anything was registered."""
         return self._read_tagged()[0]
 
-    def change(self, edit: Callable[[Mapping[str, Registered], int], dict[str, Registered]]) -> Desired:
-        """Apply `edit(adapters, next epoch)` by compare-and-swap; once more, afresh, each time somebody else was first."""
+    def change(self, edit: Callable[[Desired], Desired]) -> Desired:
+        """Write what `edit` makes of the desired state, by compare-and-swap; once more, afresh, when somebody was first.
+
+        What `edit` is given has the next epoch already.
+        """
         for _ in range(_ATTEMPTS):
             desired, tag = self._read_tagged()
-            adapters = edit(desired.adapters, desired.epoch + 1)
-            changed = Desired(epoch=desired.epoch + 1, adapters=adapters)
+            changed = edit(desired.model_copy(update={"epoch": desired.epoch + 1}))
             try:
                 storage.compare_and_swap(self._desired, changed.model_dump_json(indent=1).encode(), tag)
             except ConflictError:

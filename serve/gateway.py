@@ -10,6 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray.serve as ray_serve
@@ -24,8 +25,9 @@ from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
 from serve.parts import Started
-from serve.registration import Registration, register, registrable
+from serve.registration import Registration, register, registrable, withdrawn
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
+from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
 from service.domain import ModelRef
 from service.errors import ClusterError, ModelError, NotFoundError, RequestError, StorageError
 from service.registry import Registry
@@ -35,6 +37,12 @@ _WAIT_EVERY_S = 0.1
 _log = logging.getLogger(__name__)
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
 http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS, middleware=http_body.HOSTS)
+
+
+def _resolved(name: str, routes: Routes, headers: Mapping[str, str], about: Mapping[str, str]) -> Target:
+    """`resolve` with the key that the name's split looks for."""
+    split = routes.splits.get(name)
+    return resolve(name, routes, key_of(split.key, headers, about) if split else None)
 
 
 @ray_serve.ingress(http)
@@ -78,7 +86,7 @@ class Gateway:
 
     async def _generate(self, ask: Ask, request: Request) -> Response:
         headers = http_body.ignored(request, ask.ignored)
-        target, epoch = await self._target(ask.model)
+        target, epoch = await self._target(ask.model, request.headers, ask.about)
         stream = self._engine.generate.remote(ask, target, epoch)
         try:
             started: Started = await anext(stream)
@@ -86,7 +94,8 @@ class Gateway:
             stream.cancel()
             raise
         name = f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat)
+        answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat, target.split, target.arm)
+        headers |= answer.headers()
         if ask.stream:
             body = events(stream, ask, answer, started)
             return StreamingResponse(body, media_type="text/event-stream", headers=headers)
@@ -122,16 +131,57 @@ class Gateway:
         """Withdraw a name: new requests get 404 at once, running ones finish."""
         gone: dict[str, Registered] = {}
 
-        def without(adapters: Any, epoch: int) -> dict[str, Registered]:
-            if name not in adapters:
-                known = ", ".join(sorted(adapters)) or "none"
-                raise NotFoundError(f"no adapter is registered as {name!r}. Registered: {known}.")
-            gone["entry"] = adapters[name]
-            return {label: entry for label, entry in adapters.items() if label != name}
+        def without(desired: Desired) -> Desired:
+            gone["entry"] = withdrawn(desired, name)
+            left = {label: entry for label, entry in desired.adapters.items() if label != name}
+            return desired.model_copy(update={"adapters": left})
 
         await asyncio.to_thread(self._files.change, without)
         self._known = None
         return JSONResponse({"object": "adapter", "name": name, "model": gone["entry"].model, "deleted": True})
+
+    @http.get("/v1/resolve")
+    async def resolve(self, request: Request) -> Response:
+        """Who would answer to `?model=NAME` with this request's headers (and `&key=`, the key itself), and why."""
+        name, key = request.query_params.get("model"), request.query_params.get("key")
+        if not name:
+            raise RequestError("model: which name is to be explained? Write /v1/resolve?model=NAME.", "model")
+        routes, epoch = await self._routes(0.0)
+        target = resolve(name, routes, key) if key else _resolved(name, routes, request.headers, {})
+        known = {"name": name, "model": target.model, "digest": target.digest, "by": target.by, "epoch": epoch}
+        return JSONResponse({"object": "resolution", **known, "split": target.split, "arm": target.arm})
+
+    @http.get("/v1/endpoints/{endpoint}/splits")
+    async def splits(self, endpoint: str) -> Response:
+        """Every split of live traffic."""
+        self._check_endpoint(endpoint)
+        desired = await asyncio.to_thread(self._files.read)
+        data = [split_body(name, split) for name, split in sorted(desired.splits.items())]
+        return JSONResponse({"object": "list", "epoch": desired.epoch, "data": data})
+
+    @http.put("/v1/endpoints/{endpoint}/splits/{name}")
+    async def put_split(self, endpoint: str, name: str, request: Request) -> Response:
+        """Divide the traffic of a public name between versions, or change how it is divided."""
+        self._check_endpoint(endpoint)
+        check_split_name(name, self._base)
+        wanted = parse_split(parse_object(await http_body.read(request)))
+        headers = http_body.ignored(request, wanted.ignored)
+        arms = await asyncio.to_thread(resolved_arms, wanted, self._base, self._registry)
+        desired = await asyncio.to_thread(self._files.change, lambda desired: with_split(desired, name, wanted, arms))
+        self._known = None
+        return JSONResponse(split_body(name, desired.splits[name]), headers=headers)
+
+    @http.delete("/v1/endpoints/{endpoint}/splits/{name}")
+    async def delete_split(self, endpoint: str, name: str) -> Response:
+        """End a split; its arms' versions stay registered."""
+        self._check_endpoint(endpoint)
+        await asyncio.to_thread(self._files.change, lambda desired: without_split(desired, name))
+        self._known = None
+        return JSONResponse({"object": "split", "name": name, "deleted": True})
+
+    def _check_endpoint(self, name: str) -> None:
+        if name != self._files.endpoint:
+            raise NotFoundError(f"this is endpoint {self._files.endpoint!r}; there is no endpoint {name[:100]!r} here.")
 
     async def _wait_resident(self, name: str, registration: Registration, timeout_s: float) -> None:
         """Until every live replica has it resident; a refusal takes the registration back and is raised."""
@@ -157,14 +207,14 @@ class Gateway:
     def _state(self) -> tuple[Desired, list[Any]]:
         return self._files.read(), self._files.live_reports(time.time())
 
-    async def _target(self, name: str) -> tuple[Target, int]:
+    async def _target(self, name: str, headers: Mapping[str, str], about: Mapping[str, str]) -> tuple[Target, int]:
         """Who answers to `name`, and the epoch that says so. A name not known yet is looked up afresh before it is 404."""
         routes, epoch = await self._routes(ROUTES_AGE_S)
         try:
-            return resolve(name, routes), epoch
+            return _resolved(name, routes, headers, about), epoch
         except UnknownModelError:
             routes, epoch = await self._routes(0.0)
-            return resolve(name, routes), epoch
+            return _resolved(name, routes, headers, about), epoch
 
     async def _routes(self, age_s: float) -> tuple[Routes, int]:
         """What is registered, at most `age_s` old; older, with a word in the log, while the store does not answer."""
@@ -183,4 +233,4 @@ class Gateway:
         desired = self._files.read()
         families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values()}
         aliases = {family: self._registry.aliases(family) for family in families}
-        return Routes(self._base.name, self._base.digest, desired.adapters, aliases), desired.epoch
+        return Routes(self._base.name, self._base.digest, desired.adapters, aliases, desired.splits), desired.epoch

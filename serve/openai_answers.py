@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from serve.parts import Scored
 from serve.routing import UnknownModelError
@@ -66,6 +67,13 @@ class Answer:
     model: str
     digest: str
     is_chat: bool = True
+    split: str | None = None
+    arm: str | None = None
+
+    def headers(self) -> dict[str, str]:
+        """Who answers, for those who do not read bodies."""
+        arm = {} if self.arm is None else {"x-loray-split": str(self.split), "x-loray-arm": self.arm}
+        return {"x-loray-model": quote(self.model, safe="@/:"), **arm}
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """All answers, not streamed, made by `choice`."""
@@ -120,7 +128,8 @@ class Answer:
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "loray": {"model_digest": self.digest},
+            "loray": {"model_digest": self.digest}
+            | ({} if self.arm is None else {"split": self.split, "arm": self.arm}),
         }
 
 

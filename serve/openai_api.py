@@ -21,6 +21,7 @@ MAX_STOPS = 4
 MAX_NAME = 200
 MAX_CHOICES = 128  # answers to one request: prompts times n
 MAX_BIASES = 1024
+MAX_METADATA, MAX_METADATA_VALUE = 64, 512  # entries; characters, OpenAI's own limit
 # A body of 4 MiB can hold two million messages, each of them wrong; what is read and told of it is bounded.
 MAX_MESSAGES = 4096
 MAX_PARTS = 4096  # over all messages
@@ -99,7 +100,7 @@ class Ask:
     """A checked body: `n` answers to each prompt. Chat has one prompt, its messages.
 
     `max_tokens` None = as many as the context holds (`sampling.max_tokens` means nothing yet); `ignored` are the fields
-    nobody knows.
+    nobody knows; `about` says who asks: the texts among user, safety_identifier and metadata.NAME.
     """
 
     model: str
@@ -113,6 +114,7 @@ class Ask:
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
+    about: Mapping[str, str]
 
     @property
     def prompt_field(self) -> str:
@@ -181,9 +183,17 @@ class _Reader(Fields):
             stream=stream,
             include_usage=self.include_usage(stream),
             ignored=tuple(self.ignored),
+            about=self.about(),
         )
         self.raise_problems()
         return ask
+
+    def about(self) -> dict[str, str]:
+        values = {name: self.raw.get(name) for name in ("user", "safety_identifier")}
+        metadata = self.raw.get("metadata")
+        if isinstance(metadata, dict) and len(metadata) <= MAX_METADATA:
+            values |= {f"metadata.{name}": value for name, value in metadata.items()}
+        return {name: value[:MAX_METADATA_VALUE] for name, value in values.items() if is_text(value) and value}
 
     def sampling(self, **more: Any) -> SamplingParams:
         return SamplingParams(

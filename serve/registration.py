@@ -12,14 +12,20 @@ from dataclasses import dataclass
 from serve.desired import Base, Desired, EndpointFiles
 from serve.routing import Registered
 from service.domain import Manifest, ModelRef, check_name
-from service.errors import ConfigError, ConflictError, ModelError
+from service.errors import ConfigError, ConflictError, ModelError, NotFoundError
 from service.registry import Registry
 
 
 def registrable(label: str, model: str, base: Base, registry: Registry) -> Registered:
     """The version and digest that `model` means now, or the error that says why `label` cannot have it."""
+    entry = servable(model, base, registry)
+    _check_label(label, ModelRef.parse(entry.model), base)
+    return entry
+
+
+def servable(model: str, base: Base, registry: Registry) -> Registered:
+    """The version and digest that `model` means now. ModelError if this endpoint could not answer with it."""
     ref = registry.resolve(ModelRef.parse(model))
-    _check_label(label, ref, base)
     manifest = registry.manifest(ref)
     problems = mismatches(manifest, base)
     if problems:
@@ -50,10 +56,12 @@ class Registration:
         if self.written:
             self.files.change(self._without)
 
-    def _without(self, adapters: Mapping[str, Registered], epoch: int) -> dict[str, Registered]:
+    def _without(self, desired: Desired) -> Desired:
+        adapters = desired.adapters
         ours = {label for label, entry in self.written.items() if adapters.get(label) == entry}
         others = {label: entry for label, entry in adapters.items() if label not in ours}
-        return {**others, **{label: entry for label, entry in self.before.items() if label in ours}}
+        restored = {label: entry for label, entry in self.before.items() if label in ours}
+        return desired.model_copy(update={"adapters": {**others, **restored}})
 
 
 def register(files: EndpointFiles, wanted: Mapping[str, Registered]) -> Registration:
@@ -63,13 +71,26 @@ def register(files: EndpointFiles, wanted: Mapping[str, Registered]) -> Registra
     before: dict[str, Registered] = {}
     written: dict[str, Registered] = {}
 
-    def with_wanted(adapters: Mapping[str, Registered], epoch: int) -> dict[str, Registered]:
+    def with_wanted(desired: Desired) -> Desired:
+        adapters = desired.adapters
         before.clear()
         before.update((label, adapters[label]) for label in wanted if label in adapters)
-        written.update((label, entry.model_copy(update={"since": epoch})) for label, entry in wanted.items())
-        return {**adapters, **written}
+        written.update((label, entry.model_copy(update={"since": desired.epoch})) for label, entry in wanted.items())
+        return desired.model_copy(update={"adapters": {**adapters, **written}})
 
     return Registration(files, files.change(with_wanted), written, before)
+
+
+def withdrawn(desired: Desired, label: str) -> Registered:
+    """The entry to delete. NotFoundError if there is none, ConflictError while a split needs it."""
+    entry = desired.adapters.get(label)
+    if entry is None:
+        known = ", ".join(sorted(desired.adapters)) or "none"
+        raise NotFoundError(f"no adapter is registered as {label!r}. Registered: {known}.")
+    users = [n for n, split in desired.splits.items() if any(a.model == entry.model for a in split.arms.values())]
+    if users and label == entry.model:  # other names of it may go
+        raise ConflictError(f"split {users[0]!r} sends traffic to {entry.model}. Change or delete the split first.")
+    return entry
 
 
 def mismatches(manifest: Manifest, base: Base) -> list[str]:

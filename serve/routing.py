@@ -1,14 +1,16 @@
 """From the model name in a request to the one Model that answers it: pure, no I/O, nothing guessed.
 
 The base answers to its own name, `name@version` only if that version is registered here, `name@alias` to what the alias
-points at, a bare name to its alias `production`, else to a registered label of that text. There is no "latest": a name
-that means nothing is an error that lists the known ones. Who loads and unloads is in `adapters.py`.
+points at, a bare name to its split, else to its alias `production`, else to a registered label of that text. There is no
+"latest": a name that means nothing is an error that lists the known ones. Who loads and unloads is in `adapters.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from pydantic import BaseModel, ConfigDict
 
@@ -36,37 +38,87 @@ class Registered(BaseModel):
     since: int = 0
 
 
+class Arm(BaseModel):
+    """One side of a split: a version, or the base, and its share of the traffic relative to the other arms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    digest: str
+    weight: float
+    is_base: bool = False
+
+
+class Split(BaseModel):
+    """Live traffic to one public name, divided between arms (in the order they were given).
+
+    A request's key is the first of `key` that it carries: `header:NAME`, `metadata.NAME`, or a field of the body. `since`
+    is the epoch of its last PUT, its assignment version.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    arms: dict[str, Arm]
+    salt: str
+    key: tuple[str, ...]
+    since: int = 0
+
+    def arm_of(self, key: str | None) -> str:
+        """The arm that this key always gets; without a key, the first arm.
+
+        Weighted rendezvous hashing (Schindelhauer and Schomaker 2005; Mosko 2015, section 3): each arm draws -w / ln(u)
+        with u in (0, 1) from a hash of salt, arm and key, and the largest wins. The draws of the other arms do not change
+        with one arm's weight, so it moves keys only between that arm and them.
+        """
+        if key is None:
+            return next(iter(self.arms))
+        return max((arm for arm in self.arms if self.arms[arm].weight > 0), key=lambda arm: self._draw(arm, key))
+
+    def _draw(self, arm: str, key: str) -> float:
+        parts = (self.salt.encode(), arm.encode(), key.encode("utf-8", "surrogatepass"))
+        text = b"".join(len(part).to_bytes(4, "little") + part for part in parts)
+        u = (int.from_bytes(blake2b(text, digest_size=6).digest(), "little") + 0.5) / 2**48
+        return -self.arms[arm].weight / math.log(u)
+
+
 @dataclass(frozen=True)
 class Routes:
-    """What an endpoint knows: its base, its labels, and the aliases of the registered families (family -> alias -> version)."""
+    """What an endpoint knows: its base, labels, splits, and the aliases of the registered families (family -> alias -> version)."""
 
     base: str
     base_digest: str
     labels: Mapping[str, Registered] = field(default_factory=dict)
     aliases: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    splits: Mapping[str, Split] = field(default_factory=dict)
 
     def names(self) -> list[tuple[str, str]]:
         """Every name that answers, with its digest: the base first, then labels, versions, aliases and bare names."""
         candidates = [self.base, *sorted(self.labels), *sorted(entry.model for entry in self.labels.values())]
         for family, aliases in sorted(self.aliases.items()):
             candidates += [*(f"{family}@{alias}" for alias in sorted(aliases)), family]
+        candidates += sorted(self.splits)
         found = [(name, _find(name, self)) for name in dict.fromkeys(candidates)]
         return [(name, target.digest) for name, target in found if isinstance(target, Target)]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Who is to answer. With a `label`, a replica that still loads `digest` answers with the label's previous version."""
+    """Who is to answer, and `by` which rule. With a `label`, a replica that still loads `digest` answers with the label's
+    previous version."""
 
     model: str
     digest: str
     label: str | None = None
     is_base: bool = False
+    by: str = ""
+    split: str | None = None
+    arm: str | None = None
+    assignment: int | None = None  # the split's assignment version
 
 
-def resolve(name: str, routes: Routes) -> Target:
-    """The Target of a requested name. Raises UnknownModelError that lists the known names."""
-    found = _find(name, routes)
+def resolve(name: str, routes: Routes, key: str | None = None) -> Target:
+    """The Target of a requested name, for a request with this key. Raises UnknownModelError that lists the known names."""
+    found = _find(name, routes, key)
     if isinstance(found, Target):
         return found
     known = ", ".join(known for known, _ in routes.names())
@@ -76,26 +128,35 @@ def resolve(name: str, routes: Routes) -> Target:
     )
 
 
-def _find(name: str, routes: Routes) -> Target | str:
+def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
     """The Target, or why there is none."""
     if name == routes.base:
-        return Target(routes.base, routes.base_digest, is_base=True)
+        return Target(routes.base, routes.base_digest, is_base=True, by="the base model's own name")
+    if name in routes.splits:
+        split = routes.splits[name]
+        chosen = split.arm_of(key)
+        arm = split.arms[chosen]
+        by = f"arm {chosen!r} of split {name!r}" + (
+            "" if key is not None else ", the first one: the request has no key"
+        )
+        return Target(arm.model, arm.digest, is_base=arm.is_base, by=by, split=name, arm=chosen, assignment=split.since)
     try:
         ref = ModelRef.parse(name)
     except ConfigError:
         return _UNKNOWN
     if ref.version is not None:
-        return _at(str(ref.at(ref.version)), name, routes)
-    version = routes.aliases.get(ref.family, {}).get(ref.alias or DEFAULT_ALIAS)
+        return _at(str(ref.at(ref.version)), name, routes, "its version")
+    alias = ref.alias or DEFAULT_ALIAS
+    version = routes.aliases.get(ref.family, {}).get(alias)
     if version is not None:
-        return _at(f"{ref.family}@{version}", name, routes)
+        return _at(f"{ref.family}@{version}", name, routes, f"alias {alias!r} of {ref.family}")
     entry = routes.labels.get(name)
-    return Target(entry.model, entry.digest, label=name) if entry else _UNKNOWN
+    return Target(entry.model, entry.digest, label=name, by=f"adapter name {name!r}") if entry else _UNKNOWN
 
 
-def _at(model: str, name: str, routes: Routes) -> Target | str:
+def _at(model: str, name: str, routes: Routes, by: str) -> Target | str:
     for entry in routes.labels.values():
         if entry.model == model:
-            return Target(model, entry.digest)
+            return Target(model, entry.digest, by=by)
     means = "" if model == name else f" means {model}, which"
     return f"{means} is not registered on this endpoint"

@@ -15,7 +15,7 @@ from service.config import ServeConfig
 from service.domain import ModelRef
 from service.registry import Registry
 from service.settings import Settings
-from tests.integration.serving import Endpoint, clear, wait_until
+from tests.integration.serving import HELLO, Endpoint, clear, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -191,3 +191,40 @@ def test_a_registration_taken_back_leaves_what_was_there_and_what_others_wrote_s
         "taken": "red@3",
     }
     assert files.read().epoch == 4
+
+
+def test_a_split_divides_traffic_by_key_and_every_answer_says_its_arm(loaded: Endpoint) -> None:
+    url = "/v1/endpoints/test/splits/support"
+    arms = {"control": {"model": "red@1", "weight": 50}, "candidate": {"model": "blue@1", "weight": 50}}
+    put = loaded.http.put(url, json={"arms": arms, "salt": "a"})
+    assert put.status_code == 200, put.text
+    try:
+        alone = {"control": loaded.ask("red@1"), "candidate": loaded.ask("blue@1")}
+        seen: dict[str, str] = {}
+        for number in range(12):
+            headers = {"x-loray-key": f"user-{number}"}
+            body = {"model": "support", "messages": HELLO, "max_tokens": 24, "temperature": 0}
+            answers = [loaded.http.post("/v1/chat/completions", json=body, headers=headers) for _ in range(2)]
+            arm = answers[0].headers["x-loray-arm"]
+            for answer in answers:
+                assert answer.json()["loray"]["arm"] == answer.headers["x-loray-arm"] == arm
+                assert answer.json()["model"] == answer.headers["x-loray-model"] == arms[arm]["model"]
+                assert answer.json()["choices"][0]["message"]["content"] == alone[arm]
+            explained = loaded.http.get("/v1/resolve", params={"model": "support"}, headers=headers).json()
+            assert (explained["arm"], explained["split"]) == (arm, "support")
+            seen[arm] = str(number)
+        assert set(seen) == set(arms)
+        keyless = loaded.post(model="support", max_tokens=2).json()
+        assert keyless["loray"]["arm"] == "control"
+        by_field = loaded.post(model="support", max_tokens=2, metadata={"user": f"user-{seen['candidate']}"}).json()
+        assert by_field["loray"]["arm"] == "candidate"
+        assert loaded.http.delete("/v1/adapters/red@1").status_code == 409
+        assert [split["name"] for split in loaded.http.get("/v1/endpoints/test/splits").json()["data"]] == ["support"]
+    finally:
+        assert loaded.http.delete(url).status_code == 200
+    assert loaded.post(model="support").status_code == 404
+    assert loaded.http.get("/v1/resolve", params={"model": "support"}).status_code == 404
+    assert loaded.http.put("/v1/endpoints/other/splits/support", json={"arms": arms}).status_code == 404
+    bad = {"arms": {"a": {"model": "foreign@1", "weight": 1}, "b": {"model": "nobody@1", "weight": 1}}}
+    refused = loaded.http.put(url, json=bad)
+    assert refused.status_code == 400 and "foreign@1" in refused.text and "nobody" in refused.text

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from serve.routing import Registered, Routes, UnknownModelError, resolve
+from serve.routing import Arm, Registered, Routes, Split, UnknownModelError, resolve
 
 ROUTES = Routes(
     base="tiny",
@@ -93,3 +93,61 @@ def test_the_error_survives_pickling() -> None:
     error = pickle.loads(pickle.dumps(UnknownModelError("x")))  # noqa: S301 - our own bytes
     assert isinstance(error, UnknownModelError)
     assert str(error) == "x"
+
+
+def _split(salt: str = "s", **weights: float) -> Split:
+    arms = {name: Arm(model=f"tickets@{i}", digest=f"t{i}", weight=w) for i, (name, w) in enumerate(weights.items(), 1)}
+    return Split(arms=arms, salt=salt, key=("user",), since=4)
+
+
+KEYS = [f"user-{number}" for number in range(50_000)]
+
+
+def test_keys_are_divided_by_weight_and_always_get_the_same_arm() -> None:
+    split = _split(a=70, b=20, c=10)
+    arms = [split.arm_of(key) for key in KEYS]
+    assert [split.arm_of(key) for key in KEYS[:1000]] == arms[:1000]
+    shares = {arm: arms.count(arm) / len(KEYS) for arm in split.arms}
+    # 0.009 is more than four standard deviations of a share of 50,000 keys.
+    assert shares == pytest.approx({"a": 0.7, "b": 0.2, "c": 0.1}, abs=0.009)
+
+
+def test_one_changed_weight_moves_nobody_between_the_other_arms() -> None:
+    before, after = _split(a=70, b=20, c=10), _split(a=70, b=20, c=40)
+    moves = {(before.arm_of(key), after.arm_of(key)) for key in KEYS}
+    assert moves == {("a", "a"), ("b", "b"), ("c", "c"), ("a", "c"), ("b", "c")}
+    gone = _split(a=70, b=20, c=0)
+    assert {(before.arm_of(key), gone.arm_of(key)) for key in KEYS} == {("a", "a"), ("b", "b"), ("c", "a"), ("c", "b")}
+
+
+def test_splits_with_different_salts_divide_independently() -> None:
+    one, other = _split("one", a=50, b=50), _split("other", a=50, b=50)
+    both = sum(one.arm_of(key) == other.arm_of(key) for key in KEYS) / len(KEYS)
+    assert both == pytest.approx(0.5, abs=0.01)
+
+
+def test_salt_arm_and_key_cannot_run_into_each_other() -> None:
+    draws = {_split("ab", c=1, x=1)._draw("c", "k"), _split("a", bc=1, x=1)._draw("bc", "k")}
+    assert len(draws) == 2
+    assert _split(a=1, b=1).arm_of("\ud800") in ("a", "b")
+
+
+def test_a_bare_name_means_its_split_first_and_a_version_bypasses_it() -> None:
+    routes = Routes("tiny", "b0", ROUTES.labels, ROUTES.aliases, {"tickets": _split(a=50, b=50)})
+    targets = {resolve("tickets", routes, key).model for key in KEYS[:100]}
+    assert targets == {"tickets@1", "tickets@2"}
+    target = resolve("tickets", routes)
+    assert (target.model, target.split, target.arm, target.assignment) == ("tickets@1", "tickets", "a", 4)
+    assert "no key" in target.by
+    assert resolve("tickets@2", routes, "user-1").split is None
+    assert ("tickets", "t1") in routes.names()
+
+
+def test_what_resolved_is_explained() -> None:
+    said = [resolve(name, ROUTES).by for name in ("tiny", "tickets@2", "tickets", "mine")]
+    assert said == [
+        "the base model's own name",
+        "its version",
+        "alias 'production' of tickets",
+        "adapter name 'mine'",
+    ]

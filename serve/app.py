@@ -4,13 +4,13 @@
     stop("default")                                            # the endpoint's name, as the file gives it
 
 What can be known to be wrong (config, base model, adapters, port, resources) is found before anything is deployed; what
-fails later is deleted again. It listens on loopback only: there are no API keys, so there is no option for the host.
-The two deployments are `gateway.py` and `replica.py`.
+fails later is deleted again. Without API keys it listens on loopback only. The two deployments are `gateway.py` and `replica.py`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 import urllib.request
@@ -26,6 +26,7 @@ from ray.serve.config import BackpressureConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from serve.api_keys import VARIABLE, ApiKey, load_keys
 from serve.desired import Base, EndpointFiles
 from serve.gateway import Gateway
 from serve.registration import default_label, register, registrable
@@ -39,7 +40,7 @@ from service.registry import Registry
 from service.render import load_renderer
 from service.settings import Settings, load_settings
 
-HOST = "127.0.0.1"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PREFIX = "loray-"
 # Reservations, not limits: gateway and engine fit on a machine of 1 CPU, and PyTorch takes `engine.threads` of them.
 _GATEWAY_CPUS = 0.1
@@ -62,6 +63,7 @@ class Prepared:
     base: Base
     files: EndpointFiles
     adapters: dict[str, Registered]
+    keys: tuple[ApiKey, ...]
 
 
 def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
@@ -69,7 +71,7 @@ def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
     config = args if isinstance(args, ServeConfig) else validated(ServeConfig, _typed(args), "arguments")
     prepared = prepare(config, load_settings())
     if ray.is_initialized():
-        _check_loopback(port=None)
+        _check_listening(None, prepared.keys)
     register(prepared.files, prepared.adapters)
     return application(prepared)
 
@@ -82,16 +84,16 @@ def start(config: ServeConfig, settings: Settings) -> str:
     """
     prepared = prepare(config, settings)
     launcher.connect()
-    serve_was_running = _check_free(config)
+    serve_was_running = _check_free(config, prepared.keys)
     name = f"{_PREFIX}{config.endpoint}"
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
     registration = register(prepared.files, prepared.adapters)  # the replicas read it when they start
     try:
-        ray_serve.start("HeadOnly", {"host": HOST, "port": config.port}, logging_config=_QUIET)
+        ray_serve.start("HeadOnly", {"host": config.host, "port": config.port}, logging_config=_QUIET)
         target = ray_serve.RunTarget(application(prepared), name=name, route_prefix="/", logging_config=_QUIET)
         ray_serve.run_many([target], wait_for_applications_running=False)
         _await_running(name)
-        return _await_route(name, config.port)
+        return _await_route(name, config.host, config.port)
     except BaseException as error:
         try:
             registration.take_back()
@@ -122,12 +124,18 @@ def _shut_down() -> None:
     options = _http_options()
     ray_serve.shutdown()
     deadline = time.monotonic() + _PORT_LIMIT_S
-    while options is not None and _taken(options.port) and time.monotonic() < deadline:
+    while options is not None and _taken(options.host, options.port) and time.monotonic() < deadline:
         time.sleep(_LOOK_EVERY_S)
 
 
 def prepare(config: ServeConfig, settings: Settings) -> Prepared:
-    """Resolve and check base model and adapters. Writes nothing, needs no Ray."""
+    """Resolve and check keys, base model and adapters. Writes nothing, needs no Ray."""
+    keys = load_keys(os.environ, config.keys)
+    if config.host not in LOOPBACK and not keys:
+        raise ConfigError(
+            f"host is {config.host}, where others can reach it, and there are no API keys. Set {VARIABLE} or keys: FILE "
+            "(`loray keys new` makes one), or leave host out."
+        )
     resolved = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
     template = config.model.chat_template
     template = None if template is None else read_text(template, "model.chat_template")
@@ -140,7 +148,7 @@ def prepare(config: ServeConfig, settings: Settings) -> Prepared:
         renderer_digest=load_renderer(resolved.path, template).digest,
     )
     files = EndpointFiles(settings.home, config.endpoint)
-    return Prepared(config, settings, base, files, _adapters(config, base, Registry(settings.home)))
+    return Prepared(config, settings, base, files, _adapters(config, base, Registry(settings.home)), keys)
 
 
 def application(prepared: Prepared) -> ray_serve.Application:
@@ -176,7 +184,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
     replicas = engine.bind(
         prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine
     )
-    return gateway.bind(prepared.base, prepared.files, replicas)
+    return gateway.bind(prepared.base, prepared.files, prepared.keys, replicas)
 
 
 def _adapters(config: ServeConfig, base: Base, registry: Registry) -> dict[str, Registered]:
@@ -213,7 +221,7 @@ def _source(name: str, path: Path) -> str:
     return str(path) if _is_directory(name) else name
 
 
-def _check_free(config: ServeConfig) -> bool:
+def _check_free(config: ServeConfig, keys: tuple[ApiKey, ...]) -> bool:
     """Port, name and CPUs, before anything is written or deployed. Whether Serve runs already."""
     taken = [name for name in ray_serve.status().applications if name.startswith(_PREFIX)]
     if taken:
@@ -221,11 +229,11 @@ def _check_free(config: ServeConfig) -> bool:
             f"this cluster serves endpoint {taken[0].removeprefix(_PREFIX)!r} already, and it holds one endpoint. "
             "Stop it first, or register adapters there: PUT /v1/adapters/NAME."
         )
-    running = _check_loopback(config.port)
+    running = _check_listening(config, keys)
     if not running:
-        reason = _taken(config.port)
+        reason = _taken(config.host, config.port)
         if reason:
-            raise ClusterError(f"port {config.port} of {HOST} is taken: {reason}. Set another port in the file.")
+            raise ClusterError(f"port {config.port} of {config.host} is taken: {reason}. Set another port in the file.")
     needed, total = _GATEWAY_CPUS + config.replicas * _ENGINE_CPUS, _cluster_total("CPU")
     if total < needed:
         raise ClusterError(
@@ -234,19 +242,20 @@ def _check_free(config: ServeConfig) -> bool:
     return running
 
 
-def _check_loopback(port: int | None) -> bool:
-    """Whether Serve runs already; ClusterError if it listens to the world, or on another port than `port`."""
+def _check_listening(config: ServeConfig | None, keys: tuple[ApiKey, ...]) -> bool:
+    """Whether Serve runs already; ClusterError if it listens to the world without keys, or elsewhere than configured."""
     options = _http_options()
     if options is None:
         return False
-    if options.host not in (HOST, "localhost", "::1"):
+    if options.host not in LOOPBACK and not keys:
         raise ClusterError(
-            f"Ray Serve listens on {options.host} in this cluster, and loray has no API keys yet: it serves on {HOST} only. "
-            "Shut Serve down (serve shutdown) and start it with host 127.0.0.1."
+            f"Ray Serve listens on {options.host} in this cluster, and there are no API keys. Set {VARIABLE} or keys: FILE, "
+            "or shut Serve down (serve shutdown) and start it with host 127.0.0.1."
         )
-    if port is not None and options.port != port:
+    if config is not None and (options.host, options.port) != (config.host, config.port):
         raise ClusterError(
-            f"Ray Serve runs in this cluster already, on port {options.port}, not {port}. Set port: {options.port}."
+            f"Ray Serve runs in this cluster already, at {options.host}:{options.port}, not {config.host}:{config.port}. "
+            f"Set host: {options.host} and port: {options.port}."
         )
     return True
 
@@ -259,12 +268,12 @@ def _http_options() -> Any:
     return None if client is None else client.http_config
 
 
-def _taken(port: int) -> str:
+def _taken(host: str, port: int) -> str:
     """Why the port cannot be had; empty if it can."""
-    with socket.socket() as probe:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
+            probe.bind((host, port))
         except OSError as error:
             return error.strerror or str(error)
     return ""
@@ -294,9 +303,10 @@ def _cause(overview: Any) -> str:
     return " ".join(messages) or (overview.message if overview else "Serve does not know it") or "no message"
 
 
-def _await_route(name: str, port: int) -> str:
+def _await_route(name: str, host: str, port: int) -> str:
     """The base URL, once the proxy sends requests to this application."""
-    url, deadline = f"http://{HOST}:{port}", time.monotonic() + _ROUTE_LIMIT_S
+    reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    url, deadline = f"http://{reached}:{port}", time.monotonic() + _ROUTE_LIMIT_S
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(f"{url}/-/routes", timeout=5) as response:  # noqa: S310 - our own http URL

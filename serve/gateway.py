@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from serve import endpoint_state, http_body
+from serve.api_keys import ApiKey
 from serve.chunks import completion, events
 from serve.desired import Base, Desired, EndpointFiles
 from serve.http_errors import HANDLERS
@@ -36,7 +37,7 @@ ROUTES_AGE_S = 1.0
 _WAIT_EVERY_S = 0.1
 _log = logging.getLogger(__name__)
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
-http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS, middleware=http_body.HOSTS)
+http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
 
 
 def _resolved(name: str, routes: Routes, headers: Mapping[str, str], about: Mapping[str, str]) -> Target:
@@ -49,8 +50,8 @@ def _resolved(name: str, routes: Routes, headers: Mapping[str, str], about: Mapp
 class Gateway:
     """One replica of it is enough: it only moves bytes."""
 
-    def __init__(self, base: Base, files: EndpointFiles, engine: Any) -> None:
-        self._base, self._files = base, files
+    def __init__(self, base: Base, files: EndpointFiles, keys: tuple[ApiKey, ...], engine: Any) -> None:
+        self._base, self._files, self._keys = base, files, keys
         self._registry = Registry(files.home)
         self._engine = engine.options(stream=True)
         self._created = int(time.time())
@@ -59,8 +60,9 @@ class Gateway:
         self._refreshing = asyncio.Lock()
 
     @http.get("/healthz")
-    async def healthz(self) -> Response:
+    async def healthz(self, request: Request) -> Response:
         """200 while at least one replica's heart beats."""
+        http_body.allow(request, self._keys, None)
         live = await asyncio.to_thread(self._files.live_reports, time.time())
         if not live:
             raise ClusterError(
@@ -69,19 +71,22 @@ class Gateway:
         return JSONResponse({"status": "ok", "base_model": self._base.name, "replicas": len(live)})
 
     @http.get("/v1/models")
-    async def models(self) -> Response:
+    async def models(self, request: Request) -> Response:
         """Every name that answers."""
+        http_body.allow(request, self._keys, "infer")
         routes, _ = await self._routes(0.0)
         return JSONResponse(models_body(routes.names(), self._created))
 
     @http.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         """Answers to a conversation, streamed or whole."""
+        http_body.allow(request, self._keys, "infer")
         return await self._generate(parse_chat(await http_body.read(request)), request)
 
     @http.post("/v1/completions")
     async def text(self, request: Request) -> Response:
         """Continuations of texts, streamed or whole; with `echo` and `logprobs`, what the model makes of a prompt."""
+        http_body.allow(request, self._keys, "infer")
         return await self._generate(parse_text(await http_body.read(request)), request)
 
     async def _generate(self, ask: Ask, request: Request) -> Response:
@@ -102,13 +107,15 @@ class Gateway:
         return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
 
     @http.get("/v1/adapters")
-    async def adapters(self) -> Response:
+    async def adapters(self, request: Request) -> Response:
         """Every registered adapter with its state on every live replica, and those that drain."""
+        http_body.allow(request, self._keys, "admin")
         return JSONResponse(endpoint_state.adapters_body(*await asyncio.to_thread(self._state)))
 
     @http.put("/v1/adapters/{name:path}")
     async def put_adapter(self, name: str, request: Request) -> Response:
         """Register a Model under a name, or swap what the name means."""
+        http_body.allow(request, self._keys, "admin")
         body = parse_object(await http_body.read(request))
         headers = http_body.ignored(request, sorted(set(body) - {"model"}))
         timeout_s = http_body.wait_timeout_s(request)
@@ -127,8 +134,9 @@ class Gateway:
         return JSONResponse(mine, status_code=200 if mine["state"] == "resident" else 202, headers=headers)
 
     @http.delete("/v1/adapters/{name:path}")
-    async def delete_adapter(self, name: str) -> Response:
+    async def delete_adapter(self, name: str, request: Request) -> Response:
         """Withdraw a name: new requests get 404 at once, running ones finish."""
+        http_body.allow(request, self._keys, "admin")
         gone: dict[str, Registered] = {}
 
         def without(desired: Desired) -> Desired:
@@ -143,6 +151,7 @@ class Gateway:
     @http.get("/v1/resolve")
     async def resolve(self, request: Request) -> Response:
         """Who would answer to `?model=NAME` with this request's headers (and `&key=`, the key itself), and why."""
+        http_body.allow(request, self._keys, "infer")
         name, key = request.query_params.get("model"), request.query_params.get("key")
         if not name:
             raise RequestError("model: which name is to be explained? Write /v1/resolve?model=NAME.", "model")
@@ -152,8 +161,9 @@ class Gateway:
         return JSONResponse({"object": "resolution", **known, "split": target.split, "arm": target.arm})
 
     @http.get("/v1/endpoints/{endpoint}/splits")
-    async def splits(self, endpoint: str) -> Response:
+    async def splits(self, endpoint: str, request: Request) -> Response:
         """Every split of live traffic."""
+        http_body.allow(request, self._keys, "admin")
         self._check_endpoint(endpoint)
         desired = await asyncio.to_thread(self._files.read)
         data = [split_body(name, split) for name, split in sorted(desired.splits.items())]
@@ -162,6 +172,7 @@ class Gateway:
     @http.put("/v1/endpoints/{endpoint}/splits/{name}")
     async def put_split(self, endpoint: str, name: str, request: Request) -> Response:
         """Divide the traffic of a public name between versions, or change how it is divided."""
+        http_body.allow(request, self._keys, "admin")
         self._check_endpoint(endpoint)
         check_split_name(name, self._base)
         wanted = parse_split(parse_object(await http_body.read(request)))
@@ -172,8 +183,9 @@ class Gateway:
         return JSONResponse(split_body(name, desired.splits[name]), headers=headers)
 
     @http.delete("/v1/endpoints/{endpoint}/splits/{name}")
-    async def delete_split(self, endpoint: str, name: str) -> Response:
+    async def delete_split(self, endpoint: str, name: str, request: Request) -> Response:
         """End a split; its arms' versions stay registered."""
+        http_body.allow(request, self._keys, "admin")
         self._check_endpoint(endpoint)
         await asyncio.to_thread(self._files.change, lambda desired: without_split(desired, name))
         self._known = None

@@ -1,15 +1,15 @@
-"""The outside of a request: host, body within limits, `x-loray-*` headers, query. Knows Starlette, nothing of models."""
+"""The outside of a request: host, API key, body within limits, `x-loray-*` headers, query. Knows Starlette, nothing of models."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 
+from serve.api_keys import ApiKey, key_for
 from serve.openai_answers import ignored_header
 from service.errors import RequestError
 
@@ -17,8 +17,27 @@ MAX_BODY_BYTES = 4 * 2**20
 _WAIT_S = 60.0
 _LONGEST_WAIT_S = 3600.0
 # Loopback alone keeps no browser out: a web page can have its own host name resolve to 127.0.0.1 (DNS rebinding). Its
-# requests carry that name, and are answered 400. An IPv6 address keeps its brackets in the header.
-HOSTS = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"], www_redirect=False)]
+# requests carry that name. Where there are keys, a page does not have one.
+_LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?", re.ASCII)
+_BEARER = {"www-authenticate": "Bearer"}
+
+
+def allow(request: Request, keys: tuple[ApiKey, ...], scope: str | None) -> None:
+    """Let a request pass, or raise: 401 without a key, 403 without the scope; without any keys 400 for a foreign Host.
+
+    `scope` None lets everybody in who reaches the endpoint.
+    """
+    if not keys:
+        if not _LOCAL_HOST.fullmatch(request.headers.get("host", "")):
+            raise HTTPException(400, "Invalid host header")
+        return
+    if scope is None:
+        return
+    key = key_for(request.headers.get("authorization"), keys)
+    if key is None:
+        raise HTTPException(401, "no API key, or an unknown one. Send it as Authorization: Bearer KEY.", _BEARER)
+    if not key.may(scope):
+        raise HTTPException(403, f"API key {key.name!r} lacks the scope {scope!r}. Use one that has it.")
 
 
 async def read(request: Request) -> bytes:

@@ -51,6 +51,8 @@ class EngineReplica:
             num_slots=engine.slots,
             max_context=engine.max_context,
             max_lora_columns=engine.lora_columns,
+            kv_bytes=engine.kv_bytes,
+            prefix_bytes=engine.prefix_bytes,
             stop_ids=self._renderer.stop_ids,
             tokenizer=self._renderer.tokenizer,
         )

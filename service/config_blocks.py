@@ -288,22 +288,33 @@ def _is_positive(value: Any) -> bool:
 
 
 class EngineBlock(Block):
-    """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all)."""
+    """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all).
+
+    `kv_bytes` limits the memory of the slots' keys and values: there are fewer slots then. `prefix_bytes` are kept of
+    prompts seen before, in host or GPU memory, wherever the model is; 0 computes every prompt anew.
+    """
 
     slots: int = Field(default=16, ge=1, le=1024)
     max_context: int = Field(default=2048, ge=16)
     lora_columns: int = Field(default=256, ge=0)
     threads: int = Field(default=0, ge=0)
+    kv_bytes: int | None = Field(default=None, ge=1)
+    prefix_bytes: int = Field(default=2**28, ge=0)
 
 
 class ServeConfig(Block):
-    """One endpoint: a base model and the adapters it starts with. It listens on the loopback interface only."""
+    """One endpoint: a base model and the adapters it starts with.
+
+    `host` may be other than loopback when there are API keys: a file of them in `keys`, or LORAY_API_KEYS.
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     endpoint: Annotated[str, AfterValidator(lambda value: check_name(value, "endpoint"))] = "default"
     model: Annotated[ModelBlock, _shorthand("id")]
     adapters: Annotated[tuple[str, ...], Strict(False)] = ()
+    host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
+    keys: str | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     engine: EngineBlock = EngineBlock()
     replicas: int = Field(default=1, ge=1)

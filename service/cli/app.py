@@ -25,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys = typer.Typer(no_args_is_help=True, help="API keys of endpoints.")
+app.add_typer(keys, name="keys")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 
@@ -103,6 +105,18 @@ def serve(serve_file: Annotated[str, typer.Argument(help="a YAML serve file", me
     from service.settings import load_settings
 
     serve_here(load_serve(serve_file), load_settings())
+
+
+@keys.command("new")
+def new_key(
+    name: Annotated[str, typer.Argument(help="whose key it is")],
+    scope: Annotated[list[str], typer.Option(help="infer, train, experiment or admin (which may do everything)")],
+) -> None:
+    """Make an API key: the secret, shown once, and its line for the file that a serve file names in `keys:`."""
+    from serve.api_keys import new_key
+
+    secret, line = new_key(name, tuple(scope))
+    print(f"# secret, for clients: {secret}\n{line}", end="")
 
 
 @app.command()

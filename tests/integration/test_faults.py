@@ -25,7 +25,8 @@ from tests.integration.stoppable_endpoint import Endpoint, endpoint
 __all__ = ["base", "endpoint", "place"]  # fixtures
 pytest_plugins = ("tests.s3_endpoint",)
 pytestmark = pytest.mark.long
-LONG = ("--set", "optim.epochs=60", "--set", "publish=null")  # 240 steps: the fault finds it in the middle
+# 240 steps, so that the fault finds it in the middle; a checkpoint every two would take most of the time.
+LONG = ("--set", "optim.epochs=60", "--set", "publish=null", "--set", "checkpoint.every.steps=20")
 
 
 def ledger_line(place: Place, run: Run) -> dict[str, object]:
@@ -73,11 +74,10 @@ def on_s3(place: Place, endpoint: Endpoint, s3_home: str) -> Place:
 
 
 LIMIT_KB = 3_500_000
-EVERY_20 = (*LONG, "--set", "checkpoint.every.steps=20")
 
 
 def test_a_run_whose_storage_is_away_for_20_seconds_goes_on_to_its_end(on_s3: Place, endpoint: Endpoint) -> None:
-    with training(on_s3, *EVERY_20) as (run, driver):
+    with training(on_s3, *LONG) as (run, driver):
         wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
         endpoint.stop()
         back = threading.Timer(20.0, endpoint.start)
@@ -95,7 +95,7 @@ def test_a_run_whose_storage_is_away_for_20_seconds_goes_on_to_its_end(on_s3: Pl
 def test_a_run_whose_storage_stays_away_fails_and_goes_on_from_its_last_whole_checkpoint(
     on_s3: Place, endpoint: Endpoint
 ) -> None:
-    with training(on_s3, *EVERY_20, "--set", "checkpoint.retry_s=3") as (run, driver):
+    with training(on_s3, *LONG, "--set", "checkpoint.retry_s=3") as (run, driver):
         wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
         endpoint.stop()
         output = driver.communicate(timeout=300)[0]
@@ -110,7 +110,7 @@ def test_a_run_whose_storage_stays_away_fails_and_goes_on_from_its_last_whole_ch
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_losses_stay(place: Place, base: Path) -> None:
-    optim = {"lr": 1e-3, "batch": {"rows": 8000}, "epochs": 2}
+    optim = {"lr": 1e-3, "batch": {"rows": 8000}, "epochs": 1}
     file = small_runs.write_run_file(
         place.run_file.parent / "large", base, num_rows=8000, scale={"workers": 2}, optim=optim
     )

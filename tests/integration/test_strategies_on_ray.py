@@ -57,7 +57,13 @@ def test_a_run_of_one_then_two_then_one_worker_draws_everything_once_to_the_same
     place: Place, strategy: str
 ) -> None:
     # At ten times the rate rounding alone grows to 1 % in 240 steps.
-    fields = ("optim.epochs=60", "optim.lr=1e-3", "publish=null", f"scale.strategy={strategy}")
+    fields = (
+        "optim.epochs=60",
+        "optim.lr=1e-3",
+        "publish=null",
+        f"scale.strategy={strategy}",
+        "checkpoint.every.steps=20",
+    )
     overrides = [part for field in fields for part in ("--set", field)]
     place.train(str(place.run_file), *overrides)
     whole = place.newest()

@@ -253,10 +253,16 @@ class AdapterSync:
             self._published = report
 
     def _report(self) -> ReplicaReport:
+        resident, stats = self._engine.adapters(), self._engine.stats()
         with self._lock:
             adapters = {
                 a.digest: AdapterReport(
-                    model=a.model, state=a.state, detail=a.detail, running=a.running, columns=a.columns
+                    model=a.model,
+                    state=a.state,
+                    detail=a.detail,
+                    running=a.running,
+                    columns=a.columns,
+                    bytes=resident[a.digest].bytes if a.digest in resident else 0,
                 )
                 for a in self._table.adapters.values()
             }
@@ -267,6 +273,8 @@ class AdapterSync:
             epoch=epoch,
             base_digest=self._base_digest,
             running=running,
+            waiting=stats.num_waiting,
+            prefix_bytes=stats.prefix_bytes,
             slots=self._engine.num_slots,
             free_columns=self._engine.free_columns,
             max_columns=self._engine.max_columns,

@@ -54,7 +54,8 @@ class AdapterReport(BaseModel):
     state: str
     detail: str = ""
     running: int = 0
-    columns: int = 0
+    columns: int = 0  # of the bank: its rank
+    bytes: int = 0  # of its matrices in the engine; 0 while it is not resident
 
 
 class ReplicaReport(BaseModel):
@@ -67,6 +68,8 @@ class ReplicaReport(BaseModel):
     epoch: int
     base_digest: str
     running: int = 0
+    waiting: int = 0
+    prefix_bytes: int = 0
     slots: int = 0
     free_columns: int = 0
     max_columns: int = 0

@@ -23,7 +23,10 @@ def adapters_body(desired: Desired, reports: Sequence[ReplicaReport]) -> dict[st
     others = {digest: a.model for r in reports for digest, a in r.adapters.items() if digest not in registered}
     data += [_row(None, model, digest, reports) for digest, model in sorted(others.items())]
     replicas = {
-        r.replica: r.model_dump(include={"epoch", "running", "slots", "free_columns", "max_columns"}) for r in reports
+        r.replica: r.model_dump(
+            include={"epoch", "running", "waiting", "slots", "free_columns", "max_columns", "prefix_bytes"}
+        )
+        for r in reports
     }
     return {"object": "list", "epoch": desired.epoch, "data": data, "replicas": replicas}
 

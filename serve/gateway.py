@@ -21,7 +21,8 @@ from serve import endpoint_state, http_body
 from serve.api_keys import ApiKey
 from serve.chunks import completion, events
 from serve.desired import Base, Desired, EndpointFiles
-from serve.http_errors import HANDLERS
+from serve.http_errors import HANDLERS, status_of
+from serve.metrics import Metrics
 from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
@@ -55,6 +56,7 @@ class Gateway:
         self._registry = Registry(files.home)
         self._engine = engine.options(stream=True)
         self._created = int(time.time())
+        self._metrics = Metrics()
         self._known: tuple[Routes, int] | None = None
         self._known_at = 0.0
         self._refreshing = asyncio.Lock()
@@ -90,14 +92,19 @@ class Gateway:
         return await self._generate(parse_text(await http_body.read(request)), request)
 
     async def _generate(self, ask: Ask, request: Request) -> Response:
-        headers = http_body.ignored(request, ask.ignored)
+        since, headers = self._metrics.now(), http_body.ignored(request, ask.ignored)
         target, epoch = await self._target(ask.model, request.headers, ask.about)
-        stream = self._engine.generate.remote(ask, target, epoch)
+        if target.split is not None and not target.has_key:
+            self._metrics.keyless(target.split)
+        parts = self._engine.generate.remote(ask, target, epoch)
         try:
-            started: Started = await anext(stream)
-        except BaseException:
-            stream.cancel()
+            started: Started = await anext(parts)
+        except BaseException as error:
+            parts.cancel()
+            self._metrics.refused(status_of(error) if isinstance(error, Exception) else 499)
             raise
+        series = (started.model, target.split or "", target.arm or "")
+        stream = self._metrics.observed(parts, started, series, since)
         name = f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat, target.split, target.arm)
         headers |= answer.headers()
@@ -105,6 +112,13 @@ class Gateway:
             body = events(stream, ask, answer, started)
             return StreamingResponse(body, media_type="text/event-stream", headers=headers)
         return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
+
+    @http.get("/metrics")
+    async def metrics(self, request: Request) -> Response:
+        """For Prometheus: requests, tokens, errors and latencies by version and arm; slots and adapters by replica."""
+        http_body.allow(request, self._keys, "infer")
+        live = await asyncio.to_thread(self._files.live_reports, time.time())
+        return Response(self._metrics.text(live), media_type="text/plain; version=0.0.4")
 
     @http.get("/v1/adapters")
     async def adapters(self, request: Request) -> Response:

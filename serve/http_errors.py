@@ -23,19 +23,29 @@ _log = logging.getLogger(__name__)
 
 def answer_to(error: BaseException) -> tuple[int, dict[str, Any]]:
     """Status and body of an error; one nobody expected is logged under the id that the body names."""
+    error_id = f"err-{secrets.token_hex(6)}"
+    status, body, cause = _answer(error, error_id)
+    if status >= 500 and not isinstance(cause, (StorageError, ClusterError, TimeoutError)):
+        _log.error("%s: unexpected error", error_id, exc_info=cause)
+    return status, body
+
+
+def status_of(error: BaseException) -> int:
+    """The status alone, for counting."""
+    return _answer(error, "")[0]
+
+
+def _answer(error: BaseException, error_id: str) -> tuple[int, dict[str, Any], BaseException]:
+    """Status, body, and the error itself out of Ray's wrapping."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
     if isinstance(error, BackPressureError):
-        return 429, error_body("the endpoint is full. Try again in a second.", "rate_limit_error")
+        return 429, error_body("the endpoint is full. Try again in a second.", "rate_limit_error"), error
     if isinstance(error, HTTPException):
-        return error.status_code, error_body(str(error.detail), "invalid_request_error")
+        return error.status_code, error_body(str(error.detail), "invalid_request_error"), error
     if isinstance(error, (RayActorError, DeploymentUnavailableError)):
         error = ClusterError("the engine is down or being replaced. Try again in some seconds.")
-    error_id = f"err-{secrets.token_hex(6)}"
-    status, body = error_answer(error, error_id)
-    if status >= 500 and not isinstance(error, (StorageError, ClusterError, TimeoutError)):
-        _log.error("%s: unexpected error", error_id, exc_info=error)
-    return status, body
+    return *error_answer(error, error_id), error
 
 
 async def on_error(request: Request, error: Exception) -> Response:

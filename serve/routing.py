@@ -114,6 +114,7 @@ class Target:
     split: str | None = None
     arm: str | None = None
     assignment: int | None = None  # the split's assignment version
+    has_key: bool = True
 
 
 def resolve(name: str, routes: Routes, key: str | None = None) -> Target:
@@ -139,7 +140,16 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
         by = f"arm {chosen!r} of split {name!r}" + (
             "" if key is not None else ", the first one: the request has no key"
         )
-        return Target(arm.model, arm.digest, is_base=arm.is_base, by=by, split=name, arm=chosen, assignment=split.since)
+        return Target(
+            arm.model,
+            arm.digest,
+            is_base=arm.is_base,
+            by=by,
+            split=name,
+            arm=chosen,
+            assignment=split.since,
+            has_key=key is not None,
+        )
     try:
         ref = ModelRef.parse(name)
     except ConfigError:

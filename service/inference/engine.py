@@ -139,6 +139,15 @@ class AdapterInfo:
     bytes: int
 
 
+@dataclass(frozen=True)
+class EngineStats:
+    """Requests with a slot, requests in line, and the bytes that prompts seen before take."""
+
+    num_running: int
+    num_waiting: int
+    prefix_bytes: int
+
+
 OnChunk = Callable[[Chunk], None]
 
 
@@ -176,6 +185,9 @@ class Engine(Protocol):
 
     def adapters(self) -> dict[str, AdapterInfo]:
         """The resident adapters, by digest."""
+
+    def stats(self) -> EngineStats:
+        """How much there is to do."""
 
     def check(self) -> None:
         """Raises RuntimeError when the engine's thread is dead, or pending work has not advanced for too long."""

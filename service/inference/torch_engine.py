@@ -24,7 +24,15 @@ from service.errors import ConflictError, ModelError, NotFoundError, RequestErro
 from service.inference.adapter_files import read_adapter
 from service.inference.decoder import Decoder
 from service.inference.detokenizer import TextStream
-from service.inference.engine import AdapterInfo, Chunk, FinishReason, GenerationRequest, OnChunk, TokenLogprob
+from service.inference.engine import (
+    AdapterInfo,
+    Chunk,
+    EngineStats,
+    FinishReason,
+    GenerationRequest,
+    OnChunk,
+    TokenLogprob,
+)
 from service.inference.fair_queue import FairQueue
 from service.inference.grammar import Grammars
 from service.inference.prefix_cache import BLOCK, PrefixCache
@@ -180,6 +188,12 @@ class TorchEngine:
         with self._loading:
             self._between_steps(remove)
             self._between_steps(self._bank.trim())
+
+    def stats(self) -> EngineStats:
+        """How much there is to do."""
+        with self._changed:
+            waiting = len(self._waiting)
+            return EngineStats(len(self._in_flight) - waiting, waiting, self._prefixes.num_bytes)
 
     def check(self) -> None:
         """Raises RuntimeError when the thread has died, or nothing has advanced for `stall_after_s` with work pending."""

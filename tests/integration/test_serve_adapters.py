@@ -214,6 +214,11 @@ def test_a_split_divides_traffic_by_key_and_every_answer_says_its_arm(loaded: En
             assert (explained["arm"], explained["split"]) == (arm, "support")
             seen[arm] = str(number)
         assert set(seen) == set(arms)
+        counted = loaded.http.get("/metrics").text
+        for arm, entry in arms.items():
+            row = f'loray_requests_total{{arm="{arm}",end="ok",model="{entry["model"]}",split="support"}}'
+            (line,) = (line for line in counted.splitlines() if line.startswith(row))
+            assert float(line.rsplit(" ", 1)[1]) >= 2
         keyless = loaded.post(model="support", max_tokens=2).json()
         assert keyless["loray"]["arm"] == "control"
         by_field = loaded.post(model="support", max_tokens=2, metadata={"user": f"user-{seen['candidate']}"}).json()

@@ -14,7 +14,7 @@ from serve.desired import EndpointFiles, ReplicaReport
 from serve.registration import register
 from serve.routing import Registered
 from service.domain import Manifest
-from service.inference.engine import AdapterInfo, GenerationRequest, OnChunk
+from service.inference.engine import AdapterInfo, EngineStats, GenerationRequest, OnChunk
 from service.registry import ManifestDraft, Registry
 
 BASE = "b" * 64
@@ -50,6 +50,9 @@ class SlowEngine:
     def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
+
+    def stats(self) -> EngineStats:
+        return EngineStats(0, 0, 0)
 
     def check(self) -> None: ...
 

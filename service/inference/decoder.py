@@ -17,12 +17,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from service.domain import BaseBits
 from service.errors import ModelError
 from service.inference import slot_attention
 from service.inference.lora_bank import LoraBank
 from service.inference.products import Ways
 from service.inference.slot_attention import Piece, Reading, reading
 from service.inference.slots import Slots
+from service.quantised import keep_unpacked, loading_options
 
 # Largest accepted difference to the model's own forward, in standard deviations of the logits. Right models were seen
 # at 1e-6 (float32) and 0.03 (bfloat16); a wrong position or mask moves logits by 0.5 and more.
@@ -46,15 +48,21 @@ class Decoder:
         max_context: int,
         max_lora_columns: int,
         kv_bytes: int | None = None,
+        base_bits: BaseBits = 16,
+        double_quant: bool = True,
     ) -> None:
         config = _checked_config(model_dir, max_context, dtype)
+        options = loading_options(base_bits, dtype, double_quant=double_quant, alone=True)
+        if options:
+            options["device_map"] = {"": str(device)}
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=dtype, local_files_only=True, use_safetensors=True
+                model_dir, dtype=dtype, local_files_only=True, use_safetensors=True, **options
             )
         except (ValueError, OSError, ImportError) as error:
             raise ModelError(f"{model_dir} cannot be loaded as a causal language model: {error}") from error
-        self.model: PreTrainedModel = model.to(device).eval().requires_grad_(False)
+        keep_unpacked(model)
+        self.model: PreTrainedModel = (model if options else model.to(device)).eval().requires_grad_(False)
         self.device = device
         self.vocabulary_size: int = self.model.get_input_embeddings().num_embeddings
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters

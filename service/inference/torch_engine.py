@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from service.domain import BaseBits
 from service.errors import ConflictError, ModelError, NotFoundError, RequestError
 from service.inference.adapter_files import read_adapter
 from service.inference.decoder import Decoder
@@ -89,6 +90,8 @@ class TorchEngine:
         max_lora_columns: int = 256,
         kv_bytes: int | None = None,
         prefix_bytes: int = 0,
+        base_bits: BaseBits = 16,
+        double_quant: bool = True,
         stall_after_s: float = 120.0,
     ) -> None:
         self.max_context, self.max_columns = max_context, max_lora_columns
@@ -101,6 +104,8 @@ class TorchEngine:
             max_context=max_context,
             max_lora_columns=max_lora_columns,
             kv_bytes=kv_bytes,
+            base_bits=base_bits,
+            double_quant=double_quant,
         )
         self.num_slots = self._decoder.slots.num_slots
         self._bank = self._decoder.bank

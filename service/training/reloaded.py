@@ -10,7 +10,6 @@ reproduced by a base in 4 bits only. Used by `gate.py` and by `service/merging.p
 from __future__ import annotations
 
 import gc
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from typing import Any, Literal
 import torch
 
 from service.domain import BaseBits
-from service.errors import ConfigError, ModelError
+from service.errors import ModelError
+from service.quantised import keep_unpacked, loading_options
 
 Rows = Sequence[tuple[list[int], list[int]]]  # token ids, and for each whether its prediction is trained
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,15 +47,16 @@ def load_model(directory: Path, compute: Compute) -> Any:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    quantisation = loading_options(compute.base_bits, compute.dtype, double_quant=compute.double_quant)
     # "auto": what one GPU does not hold lies in host memory, and still runs on the GPU.
     placed = {"device_map": "auto" if torch.cuda.is_available() else {"": "cpu"}}
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=compute.dtype, output_loading_info=True, **_LOCAL, **placed, **_quantisation(compute)
+        directory, dtype=compute.dtype, output_loading_info=True, **_LOCAL, **placed, **quantisation
     )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"{len(missing)} tensors of the model are in none of its files: {', '.join(missing[:5])}.")
-    _keep_unpacked(model)
+    keep_unpacked(model)
     return model.eval()
 
 
@@ -125,42 +126,6 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _quantisation(compute: Compute) -> dict[str, Any]:
-    """The trainer's bitsandbytes configuration: 4-bit NormalFloat (arXiv:2305.14314) or int8 (arXiv:2208.07339)."""
-    if compute.base_bits == 16:
-        return {}
-    try:
-        import bitsandbytes  # noqa: F401 - whether it can be loaded is the question
-    except ImportError:
-        raise ConfigError(
-            f"a base in {compute.base_bits} bits needs bitsandbytes, which is not installed. Run: pip install 'loray[quant]'"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
-    if compute.base_bits == 8:
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=compute.double_quant,
-        bnb_4bit_compute_dtype=compute.dtype,
-        bnb_4bit_quant_storage=compute.dtype,
-    )
-    return {"quantization_config": config}
-
-
-def _keep_unpacked(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for a faster forward on processors with AVX512-BF16.
-
-    It computes otherwise: log-probabilities of SmolLM2-135M were seen to move by up to 0.38 nats. Without, they are the
-    trainer's to the last bit. The merge needs the weights as they were loaded, too.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _adapter_names(model: Any) -> set[str]:

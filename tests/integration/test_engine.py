@@ -26,9 +26,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from service.domain import BaseBits
 from service.errors import ConflictError, ModelError, NotFoundError, RequestError
 from service.inference.engine import Chunk, GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
+from service.quantised import keep_unpacked, loading_options
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "naïve café 東京 👩‍🚀", "to be or not to be"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -225,6 +227,30 @@ def test_other_decoder_families_decode_as_generate_does(tmp_path: Path, family: 
         expected.append(TOKENIZER.decode(out[0, ids.shape[1] :]))
     assert engine.generate(requests) == expected
     assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:bitsandbytes", "ignore:MatMul8bitLt.*:UserWarning")
+def test_a_quantised_base_serves_with_exact_adapters_on_top(llama: Bench, bits: BaseBits) -> None:
+    """Against PEFT on the same quantised base, one request at a time; and a row does not feel the batch in 8 bits either."""
+    options = loading_options(bits, torch.float32, double_quant=True, alone=True)
+    engine = llama.engine(base_bits=bits)
+    requests = llama.requests(None, "a", "c")
+    expected = []
+    for request in requests:
+        model: Any = AutoModelForCausalLM.from_pretrained(llama.base, dtype=torch.float32, **options)
+        keep_unpacked(model)
+        model = PeftModel.from_pretrained(model, llama.adapters[request.adapter]) if request.adapter else model
+        ids = torch.tensor([request.prompt_ids])
+        with torch.inference_mode():
+            out = model.eval().generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW, do_sample=False
+            )
+        expected.append(TOKENIZER.decode(out[0, ids.shape[1] :]))
+    assert engine.generate(requests) == expected
+    assert expected != [
+        llama.expected[r.adapter][llama.prompts.index(r.prompt_ids)] for r in requests
+    ]  # it is quantised
 
 
 def test_prompts_are_read_in_pieces_beside_rows_that_decode(llama: Bench) -> None:

@@ -149,7 +149,7 @@ class AdapterSync:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._wake.wait(POLL_EVERY_S)
+            self._wake.wait(POLL_EVERY_S)  # turns end by the clock, too
             self._wake.clear()
             try:
                 self._step()
@@ -165,7 +165,7 @@ class AdapterSync:
         self._notify()
         while not self._stopping.is_set():
             with self._lock:
-                action = self._table.next_action(self._engine.free_columns)
+                action = self._table.next_action(self._engine.free_columns, time.monotonic())
             if action is None or not self._carry_out(action):
                 break
             self._notify()
@@ -239,7 +239,7 @@ class AdapterSync:
                 self._table.refuse(digest, _reason(error, model))
         else:
             with self._lock:
-                self._table.loaded(digest, info.num_columns)
+                self._table.loaded(digest, info.num_columns, time.monotonic())
 
     def _publish(self) -> None:
         """Write the report if it says something new, or for the heartbeat."""

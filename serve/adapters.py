@@ -5,7 +5,9 @@
 
 Identity is the digest: a label that now means another version is a new entry, and the old one drains by reference count.
 While the new one loads, the label's old version of the same family keeps answering. When columns are short, the least
-recently used adapter without running or waiting requests is evicted; one in use never is. `replica.py` carries out the actions.
+recently used adapter without running or waiting requests is evicted. Where all are in use, they take turns: the one that
+has been resident longest, and at least SLICE_S, lets no more requests in, and is exchanged when those it has are done.
+Pinned adapters stay. `adapter_sync.py` carries out the actions.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from enum import StrEnum
 from serve.routing import Registered
 from service.domain import ModelRef
 from service.errors import ModelError, NotFoundError
+
+SLICE_S = 1.0
 
 
 class AdapterState(StrEnum):
@@ -41,6 +45,9 @@ class Adapter:
     cached: bool = False
     resident: bool = False
     unloading: bool = False  # an Unload is being carried out: no request gets in any more
+    closing: bool = False  # its turn is over: no request gets in, and it is unloaded when the last one is done
+    pinned: bool = False
+    loaded_at_s: float = 0.0
     columns: int = 0  # needed; known once cached
     running: int = 0
     waiting: int = 0
@@ -67,7 +74,7 @@ class Adapter:
     @property
     def available(self) -> bool:
         """Whether a request can start on it now."""
-        return self.resident and not self.unloading
+        return self.resident and not self.unloading and not self.closing
 
     @property
     def detail(self) -> str:
@@ -120,6 +127,7 @@ class AdapterTable:
         self.epoch, self._labels = epoch, dict(labels)
         for entry in labels.values():
             adapter = self.adapters.setdefault(entry.digest, Adapter(entry.digest, entry.model))
+            adapter.pinned = any(other.pin for other in labels.values() if other.digest == entry.digest)
             if entry.since > adapter.since:
                 adapter.since, adapter.refusal, adapter.fresh = entry.since, "", not adapter.resident
         self._settle()
@@ -158,8 +166,8 @@ class AdapterTable:
             self.adapters[digest].waiting = max(0, self.adapters[digest].waiting - 1)
             self._settle()
 
-    def next_action(self, free_columns: int) -> Action | None:
-        """What to carry out now; None when nothing can be done before something changes."""
+    def next_action(self, free_columns: int, now_s: float) -> Action | None:
+        """What to carry out now; None when nothing can be done before something changes, or time goes by."""
         for adapter in self.adapters.values():
             if adapter.state is AdapterState.DRAINING and adapter.running == 0:
                 return self._unload(adapter)
@@ -168,7 +176,7 @@ class AdapterTable:
                 if not adapter.shortage:
                     return Fetch(adapter.digest, adapter.model)
                 continue
-            action = self._make_room(adapter, free_columns)
+            action = self._make_room(adapter, free_columns, now_s)
             if action:
                 return action
         return None
@@ -180,17 +188,19 @@ class AdapterTable:
         if columns > self.max_columns:
             adapter.refusal = f"it needs {columns} columns, the endpoint has {self.max_columns} (engine.lora_columns)."
 
-    def loaded(self, digest: str, columns: int) -> None:
+    def loaded(self, digest: str, columns: int, now_s: float) -> None:
         """It is resident and owns this many columns; labels that mean it now flip to it."""
         adapter = self.adapters[digest]
         self._clock += 1
         adapter.resident, adapter.columns, adapter.last_used = True, columns, self._clock
+        adapter.loaded_at_s = now_s
         adapter.fresh, adapter.shortage = False, ""
         self._settle()
 
     def unloaded(self, digest: str) -> None:
         """Its columns are free: it is evicted (cached) or, if withdrawn, gone."""
-        self.adapters[digest].resident = self.adapters[digest].unloading = False
+        adapter = self.adapters[digest]
+        adapter.resident = adapter.unloading = adapter.closing = False
         self._settle()
 
     def still_in_use(self, digest: str) -> None:
@@ -231,16 +241,23 @@ class AdapterTable:
         absent = [a for a in self.adapters.values() if a.wanted and not a.resident and not a.refusal]
         return sorted((a for a in absent if a.waiting or a.fresh), key=lambda a: (a.waiting == 0, a.waiting_since))
 
-    def _make_room(self, adapter: Adapter, free_columns: int) -> Action | None:
-        """Load it, or evict the least recently used idle adapter if evicting can make enough room, or leave it pending."""
+    def _make_room(self, adapter: Adapter, free_columns: int, now_s: float) -> Action | None:
+        """Load it, or evict one that is not in use if that can make enough room, or end turns, or leave it pending."""
         if adapter.columns <= free_columns and not adapter.shortage:
             return Load(adapter.digest)
-        # One that was just loaded for a waiting request is not idle: else two that are waited for evict each other.
-        unused = [a for a in self.adapters.values() if a.resident and a.running == 0 and a.waiting == 0]
-        idle = sorted(unused, key=lambda a: a.last_used)
         short_by = max(1, adapter.columns - free_columns)
+        movable = [a for a in self.adapters.values() if a.resident and not a.pinned]
+        # One that was just loaded for a waiting request is not idle: else two that are waited for evict each other.
+        idle = [a for a in movable if a.running == 0 and (a.waiting == 0 or a.closing)]
         if sum(a.columns for a in idle) >= short_by:
-            return self._unload(idle[0])
+            return self._unload(min(idle, key=lambda a: (not a.closing, a.last_used)))
+        if adapter.waiting:
+            short_by -= sum(a.columns for a in movable if a.closing or a in idle)
+            turns = [a for a in movable if not a.closing and a not in idle and now_s - a.loaded_at_s >= SLICE_S]
+            for one in sorted(turns, key=lambda a: a.loaded_at_s):
+                if short_by > 0:
+                    one.closing = True
+                    short_by -= one.columns
         adapter.shortage = f"needs {adapter.columns} columns, {free_columns} free"
         return None
 
@@ -251,7 +268,9 @@ class AdapterTable:
             if entry is None or self._is_available(entry.digest) or not self._is_available(old.digest):
                 del self._previous[label]
         kept = {entry.digest for entry in (*self._labels.values(), *self._previous.values())}
+        in_line = any(a.waiting and not a.resident for a in self.adapters.values())
         for digest, adapter in list(self.adapters.items()):
+            adapter.closing &= in_line  # nobody to make room for any more
             adapter.wanted = digest in kept
             adapter.shortage = ""
             if adapter.state is AdapterState.GONE:

@@ -131,16 +131,20 @@ class Gateway:
         """Register a Model under a name, or swap what the name means."""
         http_body.allow(request, self._keys, "admin")
         body = parse_object(await http_body.read(request))
-        headers = http_body.ignored(request, sorted(set(body) - {"model"}))
-        timeout_s = http_body.wait_timeout_s(request)
+        headers = http_body.ignored(request, sorted(set(body) - {"model", "pin"}))
+        wait = http_body.wait_of(request)
         model = body.get("model")
         if not isinstance(model, str):
             raise RequestError('model: must be a registered model such as "tickets@1".', "model")
+        pin = body.get("pin", False)
+        if not isinstance(pin, bool):
+            raise RequestError("pin: must be true (the adapter stays resident) or false.", "pin")
         entry = await asyncio.to_thread(registrable, name, model, self._base, self._registry)
+        entry = entry.model_copy(update={"pin": pin})
         registration = await asyncio.to_thread(register, self._files, {name: entry})
         self._known = None
-        if timeout_s is not None:
-            await self._wait_resident(name, registration, timeout_s)
+        if wait is not None:
+            await self._wait_resident(name, registration, wait)
         state = endpoint_state.adapters_body(*await asyncio.to_thread(self._state))
         mine = next((a for a in state["data"] if a["name"] == name), None)
         if mine is None:
@@ -209,9 +213,9 @@ class Gateway:
         if name != self._files.endpoint:
             raise NotFoundError(f"this is endpoint {self._files.endpoint!r}; there is no endpoint {name[:100]!r} here.")
 
-    async def _wait_resident(self, name: str, registration: Registration, timeout_s: float) -> None:
-        """Until every live replica has it resident; a refusal takes the registration back and is raised."""
-        entry, deadline = registration.written[name], time.monotonic() + timeout_s
+    async def _wait_resident(self, name: str, registration: Registration, wait: http_body.Wait) -> None:
+        """Until a live replica has it resident, or all have; a refusal takes the registration back and is raised."""
+        entry, deadline = registration.written[name], time.monotonic() + wait.timeout_s
         while True:
             reports = await asyncio.to_thread(self._files.live_reports, time.time())
             seen = [r.adapters.get(entry.digest) for r in reports if r.epoch >= registration.desired.epoch]
@@ -221,12 +225,13 @@ class Gateway:
                 await asyncio.to_thread(registration.take_back)
                 self._known = None
                 raise ModelError(f"{entry.model} cannot be served as {name!r}: {reason}")
-            if reports and len(states) == len(reports) and set(states) == {"resident"}:
+            everywhere = len(states) == len(reports) and set(states) == {"resident"}
+            if everywhere if wait.everywhere else "resident" in states:
                 return
             if time.monotonic() > deadline:
                 shown = "; ".join(f"{r.state} {r.detail}".strip() for r in seen if r) or "seen by no replica yet"
                 raise TimeoutError(
-                    f"adapter {name!r} is not resident after {timeout_s:g} s: {shown}. It stays registered."
+                    f"adapter {name!r} is not resident after {wait.timeout_s:g} s: {shown}. It stays registered."
                 )
             await asyncio.sleep(_WAIT_EVERY_S)
 

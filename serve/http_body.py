@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -69,13 +70,23 @@ def ignored(request: Request, names: Sequence[str]) -> dict[str, str]:
     return {"x-loray-ignored": ignored_header(names)}
 
 
-def wait_timeout_s(request: Request) -> float | None:
-    """How long `?wait=resident&timeout=60` is to wait; None = not at all."""
+@dataclass(frozen=True)
+class Wait:
+    """What `?wait=resident&timeout=60` asks for: until some live replica answers with the adapter, or `everywhere`."""
+
+    everywhere: bool
+    timeout_s: float
+
+
+def wait_of(request: Request) -> Wait | None:
+    """`?wait=resident` or `?wait=all_replicas`, with or without a timeout; None = not at all."""
     wait, given = request.query_params.get("wait"), request.query_params.get("timeout")
-    if wait not in (None, "resident"):
-        raise RequestError(f"wait: {wait!r} is unknown. Write ?wait=resident, or leave it out.", "wait")
+    if wait not in (None, "resident", "all_replicas"):
+        raise RequestError(
+            f"wait: {wait!r} is unknown. Write ?wait=resident or ?wait=all_replicas, or leave it out.", "wait"
+        )
     if given is None:
-        return _WAIT_S if wait else None
+        return Wait(wait == "all_replicas", _WAIT_S) if wait else None
     if wait is None:
         raise RequestError("timeout: nothing is waited for. Write ?wait=resident&timeout=60.", "timeout")
     try:
@@ -84,4 +95,4 @@ def wait_timeout_s(request: Request) -> float | None:
         timeout_s = math.nan
     if not 0 < timeout_s <= _LONGEST_WAIT_S:
         raise RequestError(f"timeout: {given!r} must be seconds above 0, at most {_LONGEST_WAIT_S:g}.", "timeout")
-    return timeout_s
+    return Wait(wait == "all_replicas", timeout_s)

@@ -53,6 +53,7 @@ class EngineReplica:
             max_lora_columns=engine.lora_columns,
             kv_bytes=engine.kv_bytes,
             prefix_bytes=engine.prefix_bytes,
+            host_bytes=engine.host_bytes,
             base_bits=engine.base_bits,
             double_quant=engine.double_quant,
             stop_ids=self._renderer.stop_ids,

@@ -28,7 +28,8 @@ class UnknownModelError(NotFoundError):
 class Registered(BaseModel):
     """One entry of the desired state: `model` is a version such as tickets@1, `digest` its identity.
 
-    `since` is the epoch of its last PUT: one that was evicted or refused is tried again when it is PUT again.
+    `since` is the epoch of its last PUT: one that was evicted or refused is tried again when it is PUT again. A pinned one
+    stays resident.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +37,7 @@ class Registered(BaseModel):
     model: str
     digest: str
     since: int = 0
+    pin: bool = False
 
 
 class Arm(BaseModel):

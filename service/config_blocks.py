@@ -291,7 +291,8 @@ class EngineBlock(Block):
     """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all).
 
     `kv_bytes` limits the memory of the slots' keys and values: there are fewer slots then. `prefix_bytes` are kept of
-    prompts seen before, in host or GPU memory, wherever the model is; 0 computes every prompt anew. `base_bits` 4 (NF4,
+    prompts seen before, in host or GPU memory, wherever the model is; 0 computes every prompt anew. `host_bytes` of adapters
+    stay in host memory, read and checked, for when they come back. `base_bits` 4 (NF4,
     with its scales quantised too: `double_quant`) or 8 (int8) quantises the base as it is loaded, adapters stay exact.
     """
 
@@ -301,6 +302,7 @@ class EngineBlock(Block):
     threads: int = Field(default=0, ge=0)
     kv_bytes: int | None = Field(default=None, ge=1)
     prefix_bytes: int = Field(default=2**28, ge=0)
+    host_bytes: int = Field(default=2**30, ge=0)
     base_bits: Literal[4, 8, 16] = 16
     double_quant: bool = True
 

@@ -7,20 +7,18 @@ anything a client could make collide. The least recently used blocks make room. 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+import itertools
 from collections.abc import Sequence
 
 import torch
 
+from service.inference.byte_lru import ByteLru
+
 BLOCK = 32  # tokens
 
 
-class PrefixCache:
-    """At most `max_bytes` of blocks [L, 2, H, BLOCK, D]."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self.max_bytes, self.num_bytes = max_bytes, 0
-        self._blocks: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+class PrefixCache(ByteLru[bytes, torch.Tensor]):
+    """Blocks [L, 2, H, BLOCK, D] by their keys."""
 
     def keys(self, adapter: str | None, tokens: Sequence[int]) -> list[bytes]:
         """One key for each whole block."""
@@ -31,25 +29,6 @@ class PrefixCache:
             keys.append(key)
         return keys
 
-    def get(self, keys: Sequence[bytes]) -> list[torch.Tensor]:
+    def longest(self, keys: Sequence[bytes]) -> list[torch.Tensor]:
         """The blocks from the first on, up to one that is not here."""
-        found = []
-        for key in keys:
-            if key not in self._blocks:
-                break
-            self._blocks.move_to_end(key)
-            found.append(self._blocks[key])
-        return found
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._blocks
-
-    def put(self, key: bytes, kv_LHTD: torch.Tensor) -> None:
-        """Keep a block."""
-        if key in self._blocks or kv_LHTD.nbytes > self.max_bytes:
-            return
-        self._blocks[key] = kv_LHTD
-        self.num_bytes += kv_LHTD.nbytes
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._blocks.popitem(last=False)
-            self.num_bytes -= dropped.nbytes
+        return list(itertools.takewhile(lambda block: block is not None, map(self.get, keys)))  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,8 @@ import torch
 
 from service.domain import BaseBits
 from service.errors import ConflictError, ModelError, NotFoundError, RequestError
-from service.inference.adapter_files import read_adapter
+from service.inference.adapter_files import LoraTensors, read_adapter
+from service.inference.byte_lru import ByteLru
 from service.inference.decoder import Decoder
 from service.inference.detokenizer import TextStream
 from service.inference.engine import (
@@ -90,6 +91,7 @@ class TorchEngine:
         max_lora_columns: int = 256,
         kv_bytes: int | None = None,
         prefix_bytes: int = 0,
+        host_bytes: int = 0,
         base_bits: BaseBits = 16,
         double_quant: bool = True,
         stall_after_s: float = 120.0,
@@ -110,6 +112,9 @@ class TorchEngine:
         self.num_slots = self._decoder.slots.num_slots
         self._bank = self._decoder.bank
         self._prefixes = PrefixCache(prefix_bytes)
+        self._read: ByteLru[str, Mapping[str, LoraTensors]] = ByteLru(
+            host_bytes
+        )  # adapters by digest, checked and scaled
         self._grammars = Grammars(tokenizer, self._stop_ids, self._decoder.vocabulary_size)
         self._prompt_tokens = _PROMPT_TOKENS.get(torch.device(device).type, _PROMPT_TOKENS["cuda"])
         self._rows: list[_Sequence] = []  # those with a slot, oldest first; only the stepping thread touches it
@@ -176,7 +181,10 @@ class TorchEngine:
         with self._loading:
             if info := self.adapters().get(digest):
                 return info
-            tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
+            tensors = self._read.get(digest)
+            if tensors is None:
+                tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
+                self._read.put(digest, tensors, sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values()))
             finish = self._bank.install(digest, tensors)
             return self._between_steps(finish)  # type: ignore[no-any-return]
 
@@ -324,7 +332,7 @@ class TorchEngine:
         sequence.slot = slots.take()
         if self._prefixes.max_bytes and sequence.request.sampling.prompt_logprobs is None:
             with torch.inference_mode():
-                for kv_LHTD in self._prefixes.get(self._prefixes.keys(sequence.request.adapter, prompt[:-1])):
+                for kv_LHTD in self._prefixes.longest(self._prefixes.keys(sequence.request.adapter, prompt[:-1])):
                     slots.append(sequence.slot, kv_LHTD)
             sequence.num_fed = sequence.num_cached = slots.lengths[sequence.slot]
 
@@ -389,7 +397,8 @@ class TorchEngine:
             for number, key in enumerate(self._prefixes.keys(sequence.request.adapter, tokens)):
                 if key not in self._prefixes:
                     start = number * BLOCK
-                    self._prefixes.put(key, self._decoder.slots.read(sequence.slot, start, start + BLOCK))
+                    kv_LHTD = self._decoder.slots.read(sequence.slot, start, start + BLOCK)
+                    self._prefixes.put(key, kv_LHTD, kv_LHTD.nbytes)
 
     def _accept(self, sequences: list[_Sequence], logits_BV: torch.Tensor) -> None:
         for row, (sequence, token) in enumerate(zip(sequences, likeliest(logits_BV), strict=True)):

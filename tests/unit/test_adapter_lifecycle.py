@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serve.adapters import AdapterState, AdapterTable, Fetch, Load, Unload
+from serve.adapters import SLICE_S, AdapterState, AdapterTable, Fetch, Load, Unload
 from serve.routing import Registered
 from service.errors import ModelError, NotFoundError
 
@@ -25,6 +25,7 @@ class Bench:
         self.table = AdapterTable(columns)
         self.bank: dict[str, int] = {}
         self.columns, self.epoch, self.num_loads = columns, 0, 0
+        self.now_s = 0.0
 
     def want(self, **labels: str) -> None:
         self.epoch += 1
@@ -32,16 +33,19 @@ class Bench:
         self.settle()
 
     def settle(self) -> None:
-        while (action := self.table.next_action(self.columns - sum(self.bank.values()))) is not None:
+        while (action := self.table.next_action(self.columns - sum(self.bank.values()), self.now_s)) is not None:
             if isinstance(action, Fetch):
                 self.table.fetched(action.digest, RANKS[action.digest])
             elif isinstance(action, Load):
                 self.bank[action.digest] = RANKS[action.digest]
                 self.num_loads += 1
-                self.table.loaded(action.digest, RANKS[action.digest])
+                self.table.loaded(action.digest, RANKS[action.digest], self.now_s)
             else:
                 adapter = self.table.adapters[action.digest]
-                assert adapter.waiting == 0 or not adapter.wanted, "what a request waits for is not evicted"
+                assert adapter.running == 0 and not adapter.pinned
+                assert adapter.waiting == 0 or not adapter.wanted or adapter.closing, (
+                    "what is waited for is not evicted"
+                )
                 del self.bank[action.digest]
                 self.table.unloaded(action.digest)
 
@@ -62,13 +66,13 @@ def test_an_adapter_goes_from_registered_over_cached_to_resident() -> None:
 
     table.want(1, registered(a="a1"))
     look()
-    assert table.next_action(16) == Fetch("a1", "a@1")
+    assert table.next_action(16, 0.0) == Fetch("a1", "a@1")
     table.fetched("a1", 8)
     look()
-    assert table.next_action(16) == Load("a1")
-    table.loaded("a1", 8)
+    assert table.next_action(16, 0.0) == Load("a1")
+    table.loaded("a1", 8, 0.0)
     look()
-    assert table.next_action(8) is None
+    assert table.next_action(8, 0.0) is None
     assert states == ["registered", "cached", "resident"]
 
 
@@ -235,7 +239,7 @@ def test_no_request_gets_in_while_an_adapter_is_being_unloaded() -> None:
     bench.want(a="a1")
     bench.table.want(2, registered(a="a1", b="b1"))
     bench.table.fetched("b1", 8)
-    assert bench.table.next_action(0) == Unload("a1")
+    assert bench.table.next_action(0, 0.0) == Unload("a1")
     assert bench.table.acquire("a1", None) is None
     bench.table.still_in_use("a1")
     assert bench.table.acquire("a1", None) == "a1"
@@ -246,10 +250,66 @@ def test_when_the_engine_has_less_room_than_it_said_an_idle_adapter_goes() -> No
     bench.want(a="a1")
     bench.table.want(2, registered(a="a1", b="b1"))
     bench.table.fetched("b1", 8)
-    assert bench.table.next_action(24) == Load("b1")
+    assert bench.table.next_action(24, 0.0) == Load("b1")
     bench.table.short("b1", "needs 24 columns, 16 free")
     assert bench.table.adapters["b1"].state is AdapterState.PENDING
-    assert bench.table.next_action(24) == Unload("a1")
+    assert bench.table.next_action(24, 0.0) == Unload("a1")
+
+
+def test_adapters_that_are_all_in_use_take_turns() -> None:
+    """Room for one of two, both asked for without end: each has its turn, and nobody who runs is disturbed."""
+    bench = Bench(columns=8)
+    bench.want(a="a1", b="b1")
+    first, other = ("a1", "b1") if "a1" in bench.bank else ("b1", "a1")
+    assert bench.table.acquire(first, None) == first
+    bench.table.wait(other)
+    bench.settle()
+    assert bench.table.acquire(first, None) == first, "its slice is not over"
+    bench.now_s += SLICE_S
+    bench.settle()
+    assert bench.table.acquire(first, None) is None, "it lets nobody in any more"
+    bench.table.wait(first)
+    bench.release(first)
+    assert list(bench.bank) == [first], "one request still runs on it"
+    bench.release(first)
+    assert list(bench.bank) == [other]
+    assert bench.table.acquire(other, None) == other
+    bench.table.stop_waiting(other)
+    bench.now_s += SLICE_S
+    bench.settle()
+    bench.release(other)
+    assert list(bench.bank) == [first] and bench.table.acquire(first, None) == first
+
+
+def test_a_turn_that_nobody_waits_for_any_more_goes_on() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    assert bench.table.acquire("a1", None) == "a1"
+    bench.want(a="a1", b="b1")
+    bench.table.wait("b1")
+    bench.now_s += SLICE_S
+    bench.settle()
+    assert bench.table.acquire("a1", None) is None
+    bench.table.stop_waiting("b1")
+    assert bench.table.acquire("a1", None) == "a1"
+
+
+def test_a_pinned_adapter_stays_whoever_waits() -> None:
+    bench = Bench(columns=8)
+    labels = registered(a="a1", b="b1")
+    labels["a"] = labels["a"].model_copy(update={"pin": True})
+    bench.table.want(1, {"a": labels["a"]})
+    bench.settle()
+    bench.table.want(2, labels)
+    bench.table.wait("b1")
+    bench.now_s += 10 * SLICE_S
+    bench.settle()
+    assert list(bench.bank) == ["a1"] and bench.table.acquire("a1", None) == "a1"
+    assert bench.state("b1") is AdapterState.PENDING
+    bench.release("a1")
+    bench.table.want(3, registered(a="a1", b="b1"))  # no pin any more
+    bench.settle()
+    assert list(bench.bank) == ["b1"]
 
 
 def test_any_order_of_events_keeps_what_runs_resident_and_ends_clean() -> None:
@@ -270,6 +330,7 @@ def test_any_order_of_events_keeps_what_runs_resident_and_ends_clean() -> None:
             bench.settle()
 
     for _ in range(4000):
+        bench.now_s += rng.random() * SLICE_S / 4
         choice = rng.random()
         if choice < 0.1:
             labels = {label: rng.choice([f"{label}1", "a2"]) for label in ("a", "b", "c") if rng.random() < 0.7}

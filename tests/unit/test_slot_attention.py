@@ -102,24 +102,24 @@ def test_blocks_are_found_by_adapter_and_all_tokens_before_them() -> None:
     keys = cache.keys("a", tokens)
     assert len(keys) == 3
     for number, key in enumerate(keys):
-        cache.put(key, torch.full((4,), float(number)))
-    assert [int(block[0]) for block in cache.get(cache.keys("a", tokens))] == [0, 1, 2]
-    assert len(cache.get(cache.keys("a", tokens[: 2 * BLOCK + 1]))) == 2
-    assert cache.get(cache.keys(None, tokens)) == cache.get(cache.keys("b", tokens)) == []
-    assert cache.get(cache.keys("a", [7, *tokens[1:]])) == []
+        cache.put(key, torch.full((4,), float(number)), 16)
+    assert [int(block[0]) for block in cache.longest(cache.keys("a", tokens))] == [0, 1, 2]
+    assert len(cache.longest(cache.keys("a", tokens[: 2 * BLOCK + 1]))) == 2
+    assert cache.longest(cache.keys(None, tokens)) == cache.longest(cache.keys("b", tokens)) == []
+    assert cache.longest(cache.keys("a", [7, *tokens[1:]])) == []
     changed = tokens.copy()
     changed[BLOCK] = 7
-    assert len(cache.get(cache.keys("a", changed))) == 1
+    assert len(cache.longest(cache.keys("a", changed))) == 1
 
 
 def test_the_blocks_used_longest_ago_make_room() -> None:
     cache = PrefixCache(3 * 16)
     keys = cache.keys(None, list(range(4 * BLOCK)))
     for key in keys[:3]:
-        cache.put(key, torch.zeros(4))
-    cache.get(keys[:1])
-    cache.put(keys[3], torch.zeros(4))
+        cache.put(key, torch.zeros(4), 16)
+    cache.get(keys[0])
+    cache.put(keys[3], torch.zeros(4), 16)
     assert [key in cache for key in keys] == [True, False, True, True]
     assert cache.num_bytes == 3 * 16
-    cache.put(b"huge", torch.zeros(100))
+    cache.put(b"huge", torch.zeros(100), 400)
     assert b"huge" not in cache and cache.num_bytes == 3 * 16

@@ -52,14 +52,14 @@ class Arms:
         self._generator: Any = None
         self._peft: Any = None
         self.prompts = torch.randint(1000, 20_000, (ROWS, PROMPT)).tolist()
-        self.adapters = _adapters(base, directory, 8)
+        self.adapters = random_adapters(base, directory, 8)
 
     @property
     def engine(self) -> TorchEngine:
         """Ours, with as many slots as there are requests."""
         if self._engine is None:
             self._engine = TorchEngine(
-                self.base, tokenizer=_NoText(), stop_ids=(), dtype=torch.bfloat16, num_slots=ROWS, max_context=512
+                self.base, tokenizer=NoText(), stop_ids=(), dtype=torch.bfloat16, num_slots=ROWS, max_context=512
             )
         return self._engine
 
@@ -148,10 +148,11 @@ class Arms:
         return NEW * len(prompts)
 
 
-class _NoText:
+class NoText:
     """In place of a tokenizer: text is not what is measured here, and the peers make none."""
 
     def decode(self, ids: Sequence[int], **_: Any) -> str:
+        """As many letters as tokens."""
         return "x" * len(ids)
 
 
@@ -161,14 +162,14 @@ def _causal(base: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).eval()
 
 
-def _adapters(base: Path, directory: Path, count: int) -> dict[str, Path]:
-    """PEFT adapters with random weights, of both ranks in turn."""
+def random_adapters(base: Path, directory: Path, count: int, ranks: Sequence[int] = RANKS) -> dict[str, Path]:
+    """PEFT adapters with random weights, of these ranks in turn."""
     from peft import LoraConfig, get_peft_model
 
     found = {}
     for number in range(count):
         torch.manual_seed(number)
-        rank = RANKS[number % len(RANKS)]
+        rank = ranks[number % len(ranks)]
         model = get_peft_model(_causal(base), LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear"))
         for name, weight in model.named_parameters():
             if "lora_B" in name:

@@ -555,6 +555,76 @@ def test_a_failing_listener_ends_its_own_request_only(llama: Bench) -> None:
     assert answer.text == llama.expected["b"][0]
 
 
+def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
+    llama: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = llama.engine(num_slots=2, prefix_bytes=10**7)
+    running = [_submit(engine, request) for request in llama.requests("a", "b", None)[:3]]
+    engine.step()
+    forward = engine._decoder.forward
+
+    def broken(*args: Any) -> torch.Tensor:
+        forward(*args)
+        raise RuntimeError("no memory left, by /secret/path")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder, "forward", broken)
+        engine.step()
+    assert [answer.reason for answer in running] == ["error", "error", None]
+    assert "Send it again" in str(running[0].chunks[-1].error) and "secret" not in str(running[0].chunks[-1].error)
+    _drain(engine)
+    assert running[2].text == llama.expected[None][0]
+    assert engine.generate(llama.requests("a", "b")) == [llama.expected[d][n] for n in range(4) for d in ("a", "b")]
+    assert not engine._decoder.slots.kv_LSHCD.any()
+
+
+def test_an_adapter_in_host_memory_comes_back_without_its_files(llama: Bench, tmp_path: Path) -> None:
+    directory = shutil.copytree(llama.adapters["a"], tmp_path / "x")
+    engine = llama.engine(load=False, host_bytes=10**7)
+    engine.load_adapter("x", directory)
+    engine.unload_adapter("x")
+    shutil.rmtree(directory)
+    engine.load_adapter("x", directory)
+    assert engine.generate(llama.requests("x")) == llama.expected["a"]
+    forgetful = llama.engine(load=False)
+    with pytest.raises(ModelError, match="missing"):
+        forgetful.load_adapter("x", directory)
+
+
+def test_a_hundred_swaps_under_load_disturb_nobody(llama: Bench) -> None:
+    """Requests that run through it all get what they would alone; none fails."""
+    engine = llama.engine(num_slots=4, max_lora_columns=24)
+    engine.start()
+    stop, problems = threading.Event(), []
+
+    def swap() -> None:
+        for number in range(100):
+            if stop.is_set():
+                problems.append(f"only {number} swaps")
+                return
+            digest = f"other{number}"
+            engine.load_adapter(digest, llama.adapters["bc"[number % 2]])
+            engine.unload_adapter(digest)
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        turns = 0
+        while thread.is_alive() or turns < 2:
+            turns += 1
+            answers = [(r, _submit(engine, r)) for r in llama.requests("a", "b", "c", None)]
+            for request, answer in answers:
+                assert answer.done.wait(DEADLINE_S)
+                assert answer.reason == "length"
+                assert answer.text == llama.expected[request.adapter][llama.prompts.index(request.prompt_ids)]
+        engine.check()
+    finally:
+        stop.set()
+        thread.join()
+        engine.close()
+    assert problems == [] and engine.free_columns == 10
+
+
 def test_a_request_that_cannot_be_served_is_refused_at_submit(llama: Bench) -> None:
     engine = llama.engine()
     greedy = SamplingParams(max_tokens=100, temperature=0.0)

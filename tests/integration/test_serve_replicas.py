@@ -1,0 +1,94 @@
+"""Two replicas of one endpoint: both converge to what is wanted, and one that is killed takes nobody else with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from service.config import ServeConfig
+from service.registry import Registry
+from service.settings import Settings
+from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, free_port, wait_until
+
+pytest_plugins = ("tests.integration.serving_fixtures",)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the garbage collector
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60
+]
+NUM_STREAMS = 6
+
+
+@pytest.fixture(scope="module")
+def pair(ray_cluster: str, base: Path, registry: Registry, settings: Settings) -> Iterator[Endpoint]:
+    from serve import app
+
+    engine = {"slots": 4, "max_context": 256, "lora_columns": 24, "threads": 1}
+    values = {"model": str(base), "endpoint": "pair", "precision": "fp32", "port": free_port(), "engine": engine}
+    url = app.start(ServeConfig.model_validate({**values, "replicas": 2}), settings)
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
+    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
+        yield Endpoint(url, http, client, registry, settings)
+    app.stop("pair")
+
+
+def _states(pair: Endpoint) -> dict[str, str]:
+    """The state of the only adapter, by replica."""
+    (adapter,) = pair.http.get("/v1/adapters").json()["data"]
+    return {replica: report["state"] for replica, report in adapter["replicas"].items()}
+
+
+def _replica_pids() -> list[int]:
+    from ray.util.state import list_actors
+
+    actors: Any = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    return [
+        actor.pid for actor in actors if actor.class_name.startswith("ServeReplica:") and "Engine" in actor.class_name
+    ]
+
+
+def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(pair: Endpoint) -> None:
+    put = pair.http.put("/v1/adapters/red", params={"wait": "all_replicas"}, json={"model": "red@1"})
+    assert put.status_code == 200, put.text
+    before = _states(pair)
+    assert len(before) == 2 and set(before.values()) == {"resident"}
+    expected = pair.ask("red@1", max_tokens=200)
+    pids = _replica_pids()
+    assert len(pids) == 2
+
+    def stream(number: int) -> str:
+        body: Any = {"model": "red@1", "messages": HELLO, "max_tokens": 200, "temperature": 0, "stream": True}
+        chunks = pair.client.chat.completions.create(**body)
+        try:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        except (openai.APIError, httpx.HTTPError) as error:
+            return f"failed: {error}"
+
+    with ThreadPoolExecutor(NUM_STREAMS) as pool:
+        answers = [pool.submit(stream, number) for number in range(NUM_STREAMS)]
+        wait_until(
+            lambda: sum(r["running"] for r in pair.http.get("/v1/adapters").json()["replicas"].values()) > 1, "both run"
+        )
+        os.kill(pids[0], signal.SIGKILL)
+        texts = [answer.result() for answer in answers]
+    whole = [text for text in texts if text == expected]
+    failed = [text for text in texts if text.startswith("failed: ")]
+    assert whole, texts
+    assert len(whole) + len(failed) == NUM_STREAMS, "no answer is cut short without an error"
+    for _ in range(8):
+        assert pair.ask("red@1", max_tokens=200) == expected
+
+    def converged() -> bool:
+        now = _states(pair)
+        return len(set(now) - set(before)) == 1 and set(now.values()) == {"resident"}
+
+    wait_until(converged, "the new replica has the adapter")
+    assert len(_replica_pids()) == 2

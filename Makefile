@@ -32,6 +32,8 @@ bench: setup
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python -m tests.benchmarks.train_vs_trl
 	$(BIN)/python -m tests.benchmarks.plan_error
+	$(BIN)/python -m tests.benchmarks.serve_mixed
+	$(BIN)/python -m tests.benchmarks.serve_adapters
 
 lint: setup
 	$(BIN)/ruff check .

@@ -18,13 +18,15 @@ from serve.adapters import Action, AdapterTable, Fetch, Load
 from serve.desired import HEARTBEAT_EVERY_S, AdapterReport, EndpointFiles, ReplicaReport
 from serve.routing import Target
 from service.domain import ModelRef
-from service.errors import ConflictError, LorayError, StorageError
+from service.errors import ClusterError, ConflictError, LorayError, StorageError
 from service.inference.engine import Engine
 from service.registry import Registry
 
 POLL_EVERY_S = 1.0
 # A request waits this long for its adapter: a cold fetch of some 100 MB from an object store, with a margin.
 LOAD_WAIT_S = 120.0
+# Each waiter holds one of the replica's places; others need some, too.
+MAX_WAITING_PER_SLOT = 1
 # Replicas that were killed leave their last report; the next one to start sweeps up after this time.
 FORGET_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
@@ -111,7 +113,7 @@ class AdapterSync:
         self._wake.set()
 
     async def _admitted(self, target: Target, epoch: int) -> Target:
-        waiting = woken = False
+        waiting, woken = None, False  # the digest that is waited for
         try:
             while True:
                 changed = self._changed  # taken before looking: a change in between is not missed
@@ -121,17 +123,27 @@ class AdapterSync:
                     if digest is not None:
                         self._running += 1
                         return self._answering(target, digest)
-                    if up_to_date and not waiting:
-                        self._table.wait(target.digest)
-                        waiting, woken = True, False
+                    if up_to_date and waiting is None:
+                        waiting, woken = self._join(target), False
                 if not woken:
                     self._wake.set()
                     woken = True
                 await changed.wait()
         finally:
-            if waiting:
+            if waiting is not None:
                 with self._lock:
-                    self._table.stop_waiting(target.digest)
+                    self._table.stop_waiting(waiting)
+                self._notify()  # a turn that was over may go on
+
+    def _join(self, target: Target) -> str:
+        """Wait in line for the adapter that is to answer; ClusterError where the line is long. Call with the lock held."""
+        adapter = self._table.awaited(target.digest, target.label)
+        if adapter.waiting >= MAX_WAITING_PER_SLOT * self._engine.num_slots:
+            raise ClusterError(
+                f"adapter {adapter.model} is not resident and {adapter.waiting} requests wait for it. Try again in a second."
+            )
+        self._table.wait(adapter.digest)
+        return adapter.digest
 
     def _answering(self, target: Target, digest: str) -> Target:
         if digest == target.digest:
@@ -159,9 +171,15 @@ class AdapterSync:
                 _log.exception("the adapters could not be brought up to date; trying again")
 
     def _step(self) -> None:
-        desired = self._files.read()
-        with self._lock:
-            self._table.want(desired.epoch, desired.adapters)
+        try:
+            desired = self._files.read()
+        except StorageError as error:  # what is known goes on: turns, and loads from this node's cache
+            if self._table.epoch < 0:
+                raise
+            _log.warning("no news of the adapters, the store does not answer: %s", error)
+        else:
+            with self._lock:
+                self._table.want(desired.epoch, desired.adapters)
         self._notify()
         while not self._stopping.is_set():
             with self._lock:

@@ -18,7 +18,7 @@ from enum import StrEnum
 
 from serve.routing import Registered
 from service.domain import ModelRef
-from service.errors import ModelError, NotFoundError
+from service.errors import ConflictError, ModelError, NotFoundError
 
 SLICE_S = 1.0
 
@@ -127,15 +127,18 @@ class AdapterTable:
         self.epoch, self._labels = epoch, dict(labels)
         for entry in labels.values():
             adapter = self.adapters.setdefault(entry.digest, Adapter(entry.digest, entry.model))
-            adapter.pinned = any(other.pin for other in labels.values() if other.digest == entry.digest)
             if entry.since > adapter.since:
                 adapter.since, adapter.refusal, adapter.fresh = entry.since, "", not adapter.resident
+        pins = {entry.digest for entry in labels.values() if entry.pin}
+        for adapter in self.adapters.values():
+            adapter.pinned = adapter.digest in pins
         self._settle()
 
     def acquire(self, digest: str, label: str | None) -> str | None:
         """Count a request in and return the digest that answers it, or None: it has to wait for the load.
 
-        Raises NotFoundError if it was withdrawn, ModelError if it is refused and nothing else answers to the label.
+        Raises NotFoundError if it was withdrawn, ModelError if it is refused and nothing else answers to the label,
+        ConflictError if the pinned adapters leave it no room.
         """
         adapter = self._answering(digest, label)
         if adapter.available:
@@ -145,12 +148,21 @@ class AdapterTable:
             return adapter.digest
         if adapter.refusal:
             raise ModelError(f"adapter {adapter.model} is refused: {adapter.refusal}")
+        if not self._could_fit(adapter):
+            raise ConflictError(
+                f"adapter {adapter.model} needs {adapter.columns} columns, and pinned adapters leave "
+                f"{self._unpinned_columns()}. PUT one of those again without its pin."
+            )
         return None
 
     def release(self, digest: str) -> None:
         """Count a request out."""
         self.adapters[digest].running -= 1
         self._settle()
+
+    def awaited(self, digest: str, label: str | None) -> Adapter:
+        """The adapter that a request of this digest or label waits for. Raises NotFoundError as `acquire` does."""
+        return self._answering(digest, label)
 
     def wait(self, digest: str) -> None:
         """A request waits for this adapter: it is loaded, and if columns are short an idle one makes room."""
@@ -222,6 +234,10 @@ class AdapterTable:
 
     def _answering(self, digest: str, label: str | None) -> Adapter:
         adapter = self.adapters.get(digest)
+        if (
+            adapter is None or not adapter.wanted
+        ) and label in self._labels:  # swapped while the request was on its way
+            adapter = self.adapters.get(self._labels[label].digest)
         if adapter is None or not adapter.wanted:
             raise NotFoundError(
                 "the adapter was withdrawn while the request was on its way. GET /v1/models lists what is."
@@ -251,7 +267,7 @@ class AdapterTable:
         idle = [a for a in movable if a.running == 0 and (a.waiting == 0 or a.closing)]
         if sum(a.columns for a in idle) >= short_by:
             return self._unload(min(idle, key=lambda a: (not a.closing, a.last_used)))
-        if adapter.waiting:
+        if adapter.waiting and self._could_fit(adapter):
             short_by -= sum(a.columns for a in movable if a.closing or a in idle)
             turns = [a for a in movable if not a.closing and a not in idle and now_s - a.loaded_at_s >= SLICE_S]
             for one in sorted(turns, key=lambda a: a.loaded_at_s):
@@ -261,6 +277,13 @@ class AdapterTable:
         adapter.shortage = f"needs {adapter.columns} columns, {free_columns} free"
         return None
 
+    def _could_fit(self, adapter: Adapter) -> bool:
+        """Whether it could be resident if everything that is not pinned went. Its columns are 0 until they are known."""
+        return adapter.pinned or adapter.columns <= self._unpinned_columns()
+
+    def _unpinned_columns(self) -> int:
+        return self.max_columns - sum(a.columns for a in self.adapters.values() if a.pinned and a.resident)
+
     def _settle(self) -> None:
         """After any change: end finished swaps, mark what is wanted, forget what is gone, let the pending try again."""
         for label, old in list(self._previous.items()):
@@ -268,7 +291,7 @@ class AdapterTable:
             if entry is None or self._is_available(entry.digest) or not self._is_available(old.digest):
                 del self._previous[label]
         kept = {entry.digest for entry in (*self._labels.values(), *self._previous.values())}
-        in_line = any(a.waiting and not a.resident for a in self.adapters.values())
+        in_line = any(a.waiting and not a.resident and self._could_fit(a) for a in self.adapters.values())
         for digest, adapter in list(self.adapters.items()):
             adapter.closing &= in_line  # nobody to make room for any more
             adapter.wanted = digest in kept

@@ -81,7 +81,8 @@ def _from_variable(text: str, problems: list[str]) -> list[ApiKey]:
         if not colon:
             problems.append(f"{at}: has no scopes. Write infer:SECRET or infer+admin:SECRET.")
             continue
-        _check_scopes(scopes.split("+"), at, problems)
+        if not set(scopes.split("+")) <= set(SCOPES):  # not shown: it may be the secret, in the wrong place
+            problems.append(f"{at}: has an unknown scope before the colon; known are {', '.join(SCOPES)}.")
         if len(secret) < SHORTEST_SECRET:
             problems.append(f"{at}: the secret has {len(secret)} characters, {SHORTEST_SECRET} or more are wanted.")
         keys.append(ApiKey(f"{VARIABLE}-{number}", frozenset(scopes.split("+")), _sha256(secret)))

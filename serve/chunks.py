@@ -15,7 +15,7 @@ from service.errors import ClusterError
 async def completion(stream: Any, ask: Ask, answer: Answer, started: Started) -> dict[str, Any]:
     """The body of all answers. The request is cancelled in the engine if the caller goes away."""
     found: dict[int, Part] = {}
-    counts = _Counts(started)
+    counts = _Counts(started, ask.n)
     try:
         async for part in stream:
             _check_whole(part)
@@ -33,7 +33,11 @@ async def completion(stream: Any, ask: Ask, answer: Answer, started: Started) ->
 
 async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> AsyncIterator[str]:
     """The server-sent events of streamed answers: roles, contents, finish reasons, usage if asked for, [DONE]."""
-    counts, offsets, usage = _Counts(started), dict.fromkeys(range(ask.n * len(ask.prompts)), 0), ask.include_usage
+    counts, offsets, usage = (
+        _Counts(started, ask.n),
+        dict.fromkeys(range(ask.n * len(ask.prompts)), 0),
+        ask.include_usage,
+    )
     try:
         if ask.is_chat:
             for index in offsets:
@@ -44,7 +48,7 @@ async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> Asy
             index, scored = part.choice, part.scored if ask.sampling.logprobs is not None else ()
             if part.text or scored:
                 yield answer.chunk(index, part.text, scored=scored, offset=offsets[index], with_usage=usage)
-                offsets[index] += len(part.text)
+                offsets[index] += sum(len(one.text) for one in scored)  # an echoed prompt comes before its scores
             if part.finish_reason:
                 yield answer.chunk(index, None, part.finish_reason, with_usage=usage)
         if usage:
@@ -59,17 +63,17 @@ async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> Asy
 class _Counts:
     """Tokens of all answers to a request."""
 
-    def __init__(self, started: Started) -> None:
-        self._started, self._num_tokens = started, 0
-        self._cached: dict[int, int] = {}
+    def __init__(self, started: Started, n: int) -> None:
+        self._started, self._n, self._num_tokens = started, n, 0
+        self._cached: dict[int, int] = {}  # by prompt, as its first answer found it
 
     def add(self, part: Part) -> None:
         self._num_tokens += part.num_tokens
-        self._cached[part.choice] = part.num_cached_tokens
+        if part.choice % self._n == 0:
+            self._cached[part.choice] = part.num_cached_tokens
 
     def usage(self) -> Usage:
-        cached = min(sum(self._cached.values()), self._started.num_prompt_tokens)  # n answers share their prompt
-        return Usage(self._started.num_prompt_tokens, self._num_tokens, cached)
+        return Usage(self._started.num_prompt_tokens, self._num_tokens, sum(self._cached.values()))
 
 
 def _check_whole(part: Part) -> None:

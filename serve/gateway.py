@@ -10,7 +10,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray.serve as ray_serve
@@ -59,6 +59,7 @@ class Gateway:
         self._metrics = Metrics()
         self._known: tuple[Routes, int] | None = None
         self._known_at = 0.0
+        self._changed_at = 0.0  # when this gateway last changed what is wanted
         self._refreshing = asyncio.Lock()
 
     @http.get("/healthz")
@@ -82,29 +83,28 @@ class Gateway:
     @http.post("/v1/chat/completions")
     async def chat(self, request: Request) -> Response:
         """Answers to a conversation, streamed or whole."""
-        http_body.allow(request, self._keys, "infer")
-        return await self._generate(parse_chat(await http_body.read(request)), request)
+        return await self._generate(parse_chat, request)
 
     @http.post("/v1/completions")
     async def text(self, request: Request) -> Response:
         """Continuations of texts, streamed or whole; with `echo` and `logprobs`, what the model makes of a prompt."""
-        http_body.allow(request, self._keys, "infer")
-        return await self._generate(parse_text(await http_body.read(request)), request)
+        return await self._generate(parse_text, request)
 
-    async def _generate(self, ask: Ask, request: Request) -> Response:
-        since, headers = self._metrics.now(), http_body.ignored(request, ask.ignored)
-        target, epoch = await self._target(ask.model, request.headers, ask.about)
-        if target.split is not None and not target.has_key:
-            self._metrics.keyless(target.split)
-        parts = self._engine.generate.remote(ask, target, epoch)
+    async def _generate(self, parse: Callable[[bytes], Ask], request: Request) -> Response:
+        since = self._metrics.now()
         try:
-            started: Started = await anext(parts)
-        except BaseException as error:
-            parts.cancel()
-            self._metrics.refused(status_of(error) if isinstance(error, Exception) else 499)
+            http_body.allow(request, self._keys, "infer")
+            ask = parse(await http_body.read(request))
+            headers = http_body.ignored(request, ask.ignored)
+            target, epoch = await self._target(ask.model, request.headers, ask.about)
+            if target.split is not None and not target.has_key:
+                self._metrics.keyless(target.split)
+            parts, started = await self._started(ask, target, epoch)
+        except Exception as error:
+            self._metrics.refused(status_of(error))
             raise
         series = (started.model, target.split or "", target.arm or "")
-        stream = self._metrics.observed(parts, started, series, since)
+        stream = self._metrics.observed(parts, started, series, since, ask.n)
         name = f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat, target.split, target.arm)
         headers |= answer.headers()
@@ -112,6 +112,15 @@ class Gateway:
             body = events(stream, ask, answer, started)
             return StreamingResponse(body, media_type="text/event-stream", headers=headers)
         return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
+
+    async def _started(self, ask: Ask, target: Target, epoch: int) -> tuple[Any, Started]:
+        """The stream from a replica, and what it says first; what is wrong with the request is raised here."""
+        parts = self._engine.generate.remote(ask, target, epoch)
+        try:
+            return parts, await anext(parts)
+        except BaseException:
+            parts.cancel()
+            raise
 
     @http.get("/metrics")
     async def metrics(self, request: Request) -> Response:
@@ -142,7 +151,7 @@ class Gateway:
         entry = await asyncio.to_thread(registrable, name, model, self._base, self._registry)
         entry = entry.model_copy(update={"pin": pin})
         registration = await asyncio.to_thread(register, self._files, {name: entry})
-        self._known = None
+        self._changed_at = time.monotonic()
         if wait is not None:
             await self._wait_resident(name, registration, wait)
         state = endpoint_state.adapters_body(*await asyncio.to_thread(self._state))
@@ -163,7 +172,7 @@ class Gateway:
             return desired.model_copy(update={"adapters": left})
 
         await asyncio.to_thread(self._files.change, without)
-        self._known = None
+        self._changed_at = time.monotonic()
         return JSONResponse({"object": "adapter", "name": name, "model": gone["entry"].model, "deleted": True})
 
     @http.get("/v1/resolve")
@@ -197,7 +206,7 @@ class Gateway:
         headers = http_body.ignored(request, wanted.ignored)
         arms = await asyncio.to_thread(resolved_arms, wanted, self._base, self._registry)
         desired = await asyncio.to_thread(self._files.change, lambda desired: with_split(desired, name, wanted, arms))
-        self._known = None
+        self._changed_at = time.monotonic()
         return JSONResponse(split_body(name, desired.splits[name]), headers=headers)
 
     @http.delete("/v1/endpoints/{endpoint}/splits/{name}")
@@ -206,7 +215,7 @@ class Gateway:
         http_body.allow(request, self._keys, "admin")
         self._check_endpoint(endpoint)
         await asyncio.to_thread(self._files.change, lambda desired: without_split(desired, name))
-        self._known = None
+        self._changed_at = time.monotonic()
         return JSONResponse({"object": "split", "name": name, "deleted": True})
 
     def _check_endpoint(self, name: str) -> None:
@@ -223,7 +232,7 @@ class Gateway:
             reason = next((report.detail for report in seen if report and report.state == "refused"), None)
             if reason is not None:
                 await asyncio.to_thread(registration.take_back)
-                self._known = None
+                self._changed_at = time.monotonic()
                 raise ModelError(f"{entry.model} cannot be served as {name!r}: {reason}")
             everywhere = len(states) == len(reports) and set(states) == {"resident"}
             if everywhere if wait.everywhere else "resident" in states:
@@ -250,14 +259,19 @@ class Gateway:
     async def _routes(self, age_s: float) -> tuple[Routes, int]:
         """What is registered, at most `age_s` old; older, with a word in the log, while the store does not answer."""
         async with self._refreshing:
-            if self._known is None or time.monotonic() - self._known_at >= age_s:
+            asked_at = time.monotonic()
+            # Read once more where somebody has changed something while it was read.
+            while self._known is None or self._known_at < max(self._changed_at, asked_at - age_s):
+                began = time.monotonic()
                 try:
                     self._known = await asyncio.to_thread(self._read_routes)
                 except StorageError as error:
                     if self._known is None:
                         raise
                     _log.warning("answering from the last known adapters, the store does not answer: %s", error)
-                self._known_at = time.monotonic()
+                    self._known_at = time.monotonic()
+                    break
+                self._known_at = began
             return self._known
 
     def _read_routes(self) -> tuple[Routes, int]:

@@ -62,12 +62,12 @@ class Metrics:
         """The clock, in seconds."""
         return self._clock()
 
-    def observed(self, stream: Any, started: Started, series: Series, since: float) -> Observed:
-        """The stream, counted as it passes."""
+    def observed(self, stream: Any, started: Started, series: Series, since: float, n: int = 1) -> Observed:
+        """The stream of `n` answers to each prompt, counted as it passes."""
         if series not in self._seen and len(self._seen) >= MAX_SERIES:
             series = ("other", "", "")
         self._seen.add(series)
-        return Observed(self, stream, started, series, since)
+        return Observed(self, stream, started, series, since, n)
 
     def text(self, reports: Sequence[ReplicaReport]) -> bytes:
         """All of it in Prometheus' text format, with what the live replicas report."""
@@ -77,8 +77,8 @@ class Metrics:
 class Observed:
     """A stream of parts that counts what passes. `cancel` is the stream's."""
 
-    def __init__(self, metrics: Metrics, stream: Any, started: Started, series: Series, since: float) -> None:
-        self._metrics, self._stream, self._series, self._since = metrics, stream, series, since
+    def __init__(self, metrics: Metrics, stream: Any, started: Started, series: Series, since: float, n: int) -> None:
+        self._metrics, self._stream, self._series, self._since, self._n = metrics, stream, series, since, n
         self._open = True
         self._prompt_tokens = started.num_prompt_tokens
         metrics._running.labels(*series).inc()
@@ -89,27 +89,29 @@ class Observed:
         self._end("cancelled")
 
     async def __aiter__(self) -> AsyncIterator[Part]:
-        m, series, last = self._metrics, self._series, None
+        m, series = self._metrics, self._series
+        last: dict[int, float] = {}  # by answer
         cached: dict[int, int] = {}
         m._prompt.labels(*series).inc(self._prompt_tokens)
         try:
             async for part in self._stream:
                 now = m.now()
                 if part.num_tokens:
-                    if last is None:
+                    if part.choice in last:
+                        m._gaps.labels(*series).observe((now - last[part.choice]) / part.num_tokens)
+                    elif not last:
                         m._first.labels(*series).observe(now - self._since)
-                    else:
-                        m._gaps.labels(*series).observe((now - last) / part.num_tokens)
-                    last = now
+                    last[part.choice] = now
                     m._tokens.labels(*series).inc(part.num_tokens)
-                cached[part.choice] = part.num_cached_tokens
+                if part.choice % self._n == 0:
+                    cached[part.choice] = part.num_cached_tokens
                 if part.finish_reason in ("error", "cancelled"):
                     self._end(str(part.finish_reason))
                 yield part
         except Exception:
             self._end("error")
             raise
-        m._cached.labels(*series).inc(min(sum(cached.values()), self._prompt_tokens))
+        m._cached.labels(*series).inc(sum(cached.values()))
         self._end("ok")
 
     def _end(self, how: str) -> None:

@@ -170,8 +170,12 @@ def models_body(names: Sequence[tuple[str, str]], created: int) -> dict[str, Any
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """OpenAI's error shape."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """OpenAI's error shape. A client's own words may be in it: half a surrogate pair is written out."""
+
+    def writable(text: str | None) -> str | None:
+        return None if text is None else text.encode("utf-8", "backslashreplace").decode()
+
+    return {"error": {"message": writable(message), "type": kind, "param": writable(param), "code": code}}
 
 
 def error_answer(error: BaseException, error_id: str) -> tuple[int, dict[str, Any]]:

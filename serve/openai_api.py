@@ -206,7 +206,7 @@ class _Reader(Fields):
             stop=self.stop(),
             stop_ids=self.token_ids("stop_token_ids"),
             ignore_eos=self.boolean("ignore_eos"),
-            repetition_penalty=self.number("repetition_penalty", 1.0, 0.0, 10.0, above=True),
+            repetition_penalty=self.number("repetition_penalty", 1.0, 0.01, 10.0),
             presence_penalty=self.number("presence_penalty", 0.0, -2.0, 2.0),
             frequency_penalty=self.number("frequency_penalty", 0.0, -2.0, 2.0),
             logit_bias=self.logit_bias(),

@@ -29,6 +29,8 @@ from service.config import EngineBlock
 from service.errors import DataError, ModelError, RequestError
 from service.inference.engine import Chunk, GenerationRequest, OnChunk, SamplingParams
 
+MAX_SCORES = 2**18  # log-probabilities of prompts in one answer
+
 
 class EngineReplica:
     """One engine. Its constructor raises what is wrong with base model or config, and nothing is left running."""
@@ -69,6 +71,7 @@ class EngineReplica:
     async def generate(self, ask: Ask, target: Target, epoch: int) -> AsyncIterator[Started | Part]:
         """`Started`, then parts of the answers. Errors of the request are raised before it, so that a status can tell."""
         prompts = [await self._prompt_ids(prompt, ask.prompt_field) for prompt in ask.prompts]
+        _check_scores(ask, sum(len(prompt) for prompt in prompts))
         samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
         echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
         answering = await self._adapters.admit(target, epoch)
@@ -95,8 +98,8 @@ class EngineReplica:
             for choice, request in enumerate(requests):
                 if request.sampling.json_schema is None:
                     self._engine.submit(request, listener(choice))
-                else:  # reading a schema takes a while
-                    await asyncio.to_thread(self._engine.submit, request, listener(choice))
+                else:
+                    await self._submit_aside(request, listener(choice), running)
                 num_submitted += 1
             yield Started(answering.model, answering.digest, sum(len(prompt) for prompt in prompts))
             for choice, text in enumerate(text for text in echoed for _ in range(ask.n)):
@@ -121,6 +124,28 @@ class EngineReplica:
             self._adapters.close()
         if hasattr(self, "_engine"):
             self._engine.close()
+
+    async def _submit_aside(self, request: GenerationRequest, on_chunk: OnChunk, running: _Countdown) -> None:
+        """Submit on another thread, because reading a schema takes a while. A caller that goes away meanwhile is counted
+        down already; the thread cannot be stopped, so what it submits is cancelled."""
+        running.up()
+        submitting = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, request, on_chunk))
+
+        def settle(done: asyncio.Future[None]) -> None:
+            if done.exception() is None:
+                self._engine.cancel(request.id)
+            else:
+                running.down()
+
+        try:
+            await asyncio.shield(submitting)
+        except asyncio.CancelledError:
+            submitting.add_done_callback(settle)
+            raise
+        except BaseException:
+            running.down()
+            raise
+        running.down()
 
     async def _prompt_ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
         """A conversation through the template; a text with the special tokens its tokenizer adds; token ids as they are."""
@@ -162,13 +187,30 @@ class EngineReplica:
         return replace(ask.sampling, max_tokens=room if ask.max_tokens is None else ask.max_tokens, seed=seed)
 
 
+def _check_scores(ask: Ask, num_prompt_tokens: int) -> None:
+    """Log-probabilities of prompts are bounded in number: each becomes some hundred bytes of JSON."""
+    top = ask.sampling.prompt_logprobs
+    if top is not None and ask.n * num_prompt_tokens * (1 + top) > MAX_SCORES:
+        raise RequestError(
+            f"prompt: {num_prompt_tokens} tokens with {top} likeliest others each, {ask.n} times, are more than {MAX_SCORES} "
+            "log-probabilities. Send fewer prompts at once, or ask for fewer logprobs.",
+            "prompt",
+        )
+
+
 class _Countdown:
     """Calls back once, when all have ended; from whatever thread the last one ends in."""
 
     def __init__(self, count: int, at_zero: Callable[[], None]) -> None:
         self._count, self._at_zero, self._lock = count, at_zero, threading.Lock()
 
+    def up(self) -> None:
+        """One more is to end."""
+        with self._lock:
+            self._count += 1
+
     def down(self, by: int = 1) -> None:
+        """So many have ended."""
         with self._lock:
             self._count -= by
             ended = by > 0 and self._count == 0

@@ -66,15 +66,14 @@ class Split(BaseModel):
     since: int = 0
 
     def arm_of(self, key: str | None) -> str:
-        """The arm that this key always gets; without a key, the first arm.
+        """The arm that this key always gets; without a key, the first arm that has a weight.
 
         Weighted rendezvous hashing (Schindelhauer and Schomaker 2005; Mosko 2015, section 3): each arm draws -w / ln(u)
         with u in (0, 1) from a hash of salt, arm and key, and the largest wins. The draws of the other arms do not change
         with one arm's weight, so it moves keys only between that arm and them.
         """
-        if key is None:
-            return next(iter(self.arms))
-        return max((arm for arm in self.arms if self.arms[arm].weight > 0), key=lambda arm: self._draw(arm, key))
+        live = (arm for arm in self.arms if self.arms[arm].weight > 0)
+        return next(live) if key is None else max(live, key=lambda arm: self._draw(arm, key))
 
     def _draw(self, arm: str, key: str) -> float:
         parts = (self.salt.encode(), arm.encode(), key.encode("utf-8", "surrogatepass"))
@@ -139,6 +138,8 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
         split = routes.splits[name]
         chosen = split.arm_of(key)
         arm = split.arms[chosen]
+        if arm.is_base and arm.digest != routes.base_digest:
+            return f" is a split whose arm {chosen!r} is another base model than this endpoint's. PUT the split again"
         by = f"arm {chosen!r} of split {name!r}" + (
             "" if key is not None else ", the first one: the request has no key"
         )

@@ -11,6 +11,7 @@ from typing import Any
 
 # Decoders that strip a leading space or join pieces need to see what came before: a few ids of the prompt.
 _CONTEXT_IDS = 5
+_LONGEST_CHARACTER = 8  # ids that a character may take; after more that are none, they are what they are
 _REPLACEMENT = "\ufffd"
 
 
@@ -34,7 +35,7 @@ class TextStream:
         """The text that has become certain with this token, which may be none."""
         self._ids.append(token_id)
         text = self._decode(self._ids)
-        if text.endswith(_REPLACEMENT):
+        if text.endswith(_REPLACEMENT) and len(self._ids) - self._settled < _LONGEST_CHARACTER:
             return ""
         return self._release(self._settle(text))
 

@@ -62,8 +62,8 @@ class SamplingParams:
             and f"seed is {self.seed}: give an integer of at most 64 bits.",
             "stop": not (all(self.stop) and len(self.stop) <= MAX_STOPS)
             and f"stop holds an empty string, or more than {MAX_STOPS}: leave some out.",
-            "repetition_penalty": not 0.0 < self.repetition_penalty <= 10.0
-            and f"repetition_penalty is {self.repetition_penalty}: give a number above 0, at most 10 (1: none).",
+            "repetition_penalty": not 0.01 <= self.repetition_penalty <= 10.0
+            and f"repetition_penalty is {self.repetition_penalty}: give a number from 0.01 to 10 (1: none).",
             **{
                 name: not -2.0 <= value <= 2.0 and f"{name} is {value}: give a number from -2 to 2 (0: none)."
                 for name, value in (

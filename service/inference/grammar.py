@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 MAX_SCHEMA = 100_000  # characters
+_STEP_FUEL = 50_000  # what one token's mask may cost; a quarter of llguidance's own limit, some 20 ms
 # Models that lost their way write blanks for ever, which JSON allows between any two tokens of its own.
 _OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\r\t]{0,12}"}
 
@@ -37,7 +38,7 @@ class Grammars:
             raise RequestError(
                 f"the JSON schema has {len(json_schema)} characters, at most {MAX_SCHEMA} are taken.", "response_format"
             )
-        from llguidance import LLMatcher  # an engine that is never asked for a schema does without
+        from llguidance import LLMatcher, LLParserLimits  # an engine that is never asked for a schema does without
         from llguidance.hf import from_tokenizer
 
         with self._building:
@@ -45,7 +46,8 @@ class Grammars:
                 ends = self._stop_ids or None
                 self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary_size, eos_token=ends)
         try:
-            inner = LLMatcher(self._tables, LLMatcher.grammar_from_json_schema(json_schema, defaults=_OPTIONS))
+            grammar = LLMatcher.grammar_from_json_schema(json_schema, defaults=_OPTIONS)
+            inner = LLMatcher(self._tables, grammar, limits=LLParserLimits(step_lexer_fuel=_STEP_FUEL))
             problem = inner.get_error()
         except ValueError as error:
             problem = str(error)
@@ -71,10 +73,19 @@ class Matcher:
     def allowed(self) -> torch.Tensor:
         """True for each token that may come next, [V], the model's stop tokens where the answer may end."""
         bits = np.frombuffer(self._inner.compute_bitmask(), dtype=np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._size]).bool()
+        if self._inner.is_error():  # the mask says "end here" then, in the middle of a text
+            self._raise_problem()
+        allowed_V = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self._size]).bool()
+        allowed_V[self._stop_ids] = bool(self._inner.is_accepting())  # a stop token may be an ordinary one, too
+        return allowed_V
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token, which was allowed."""
-        if token not in self._stop_ids and not self._inner.consume_token(token):
-            problem = str(self._inner.get_error()).partition("\n")[0]
-            raise RuntimeError(f"token {token} was not allowed by the grammar: {problem}")
+        if token in self._stop_ids:
+            return
+        if not self._inner.consume_token(token) or self._inner.is_error():
+            self._raise_problem()
+
+    def _raise_problem(self) -> NoReturn:
+        problem = str(self._inner.get_error()).partition("\n")[0]
+        raise RuntimeError(f"the answer cannot go on under its schema: {problem}")

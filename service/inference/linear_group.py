@@ -10,7 +10,7 @@ Shapes: I inputs, O outputs of all members together, M members, R columns; row r
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class LinearGroup:
         The `cleared` columns become zero, then those of `written` (by the member's name) take their tensors. A step
         computes the first `used`.
         """
-        mine = {self.names.index(name): pages for name, pages in written.items() if name in self.names}
+        mine = {self.names.index(name): page for name, page in written.items() if name in self.names}
         if self._a is None and not mine:
             return lambda: None
         members = len(self.names)
@@ -102,14 +102,21 @@ class LinearGroup:
             self._b = torch.zeros(max_columns * members, self.out_features, dtype=dtype, device=device)
         a, b = self._a, self._b
 
+        def rows_of(columns: Sequence[int], some: Iterable[int]) -> torch.Tensor:
+            return torch.tensor([column * members + member for column in columns for member in some], device=a.device)
+
+        emptied = rows_of(cleared, range(members)) if cleared else None
+        pages = [
+            (rows_of(columns, [member]), self.spans[member], pair.a_RI.to(a.device), pair.b_RO.to(b.device))
+            for member, (columns, pair) in mine.items()
+        ]
+
         def write() -> None:
-            rows = [column * members + member for column in cleared for member in range(members)]
-            if rows:
-                a[rows], b[rows] = 0, 0
-            for member, (columns, pair) in mine.items():
-                rows = [column * members + member for column in columns]
-                a[rows] = pair.a_RI.to(a.device)
-                b[rows, self.spans[member]] = pair.b_RO.to(b.device)
+            if emptied is not None:
+                a[emptied], b[emptied] = 0, 0
+            for rows, span, a_RI, b_RO in pages:
+                a[rows] = a_RI
+                b[rows, span] = b_RO
 
         def read() -> Columns | None:
             rows = used * members

@@ -13,6 +13,7 @@ are zeroed before another adapter gets them. A step without adapters skips every
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -28,30 +29,27 @@ from service.inference.products import Ways
 _FREE, _BASE = -1, -2  # owner of a free column; slot of a token without adapter: never equal
 
 
-class LoraBank:
-    """Puts itself into every `nn.Linear` of a model (the output head excepted) and holds the resident adapters.
+def _no_pause(spent_s: float) -> None:
+    """Go on at once."""
 
-    `groups` names linear layers that see the same input; those in none are groups of one.
+
+class LoraBank:
+    """Puts itself into the linear layers of a model that `groups` names, and holds the resident adapters.
+
+    Those of a group see the same input. Layers in no group stay as they are and carry no adapter.
     """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        max_columns: int,
-        *,
-        groups: Sequence[Sequence[str]] = (),
-        ways: Ways | None = None,
+        self, model: PreTrainedModel, max_columns: int, groups: Sequence[Sequence[str]], ways: Ways | None = None
     ) -> None:
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
-        ways = ways or Ways(rows=1)
         self.max_columns = max_columns
         self.place = (model.dtype, model.device)  # of A and B
-        linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
-        grouped = {name for group in groups for name in group}
-        self._shapes = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+        self.shapes: dict[str, tuple[int, int]] = {}  # (in_features, out_features) of every layer that carries adapters
         self.groups: list[LinearGroup] = []
-        for names in [*groups, *([name] for name in linears if name not in grouped)]:
-            group = LinearGroup({name: linears.pop(name) for name in names}, self, ways)
+        for names in groups:
+            linears: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in names}
+            self.shapes |= {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
+            group = LinearGroup(linears, self, ways or Ways(rows=1))
             self.groups.append(group)
             for member, name in enumerate(names):
                 model.set_submodule(name, GroupedLinear(group, member))
@@ -61,11 +59,6 @@ class LoraBank:
         self._infos: dict[str, AdapterInfo] = {}
         self._selected: tuple[str | None, ...] = ()
         self._closed: dict[int, torch.Tensor] | None = None  # by members of a group; None: no token has an adapter
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(in_features, out_features) of every module that can carry an adapter."""
-        return dict(self._shapes)
 
     @property
     def free_columns(self) -> int:
@@ -82,9 +75,12 @@ class LoraBank:
         return dict(self._infos)
 
     @torch.inference_mode()
-    def install(self, digest: str, tensors: Mapping[str, LoraTensors]) -> Callable[[], AdapterInfo]:
+    def install(
+        self, digest: str, tensors: Mapping[str, LoraTensors], breathe: Callable[[float], None] = _no_pause
+    ) -> Callable[[], AdapterInfo]:
         """Write checked tensors into free columns; call the answer between two steps and the adapter is resident.
 
+        `breathe` is called after each group with the seconds that it took, and may give the processor to others.
         ConflictError when there are too few columns: nothing has changed then.
         """
         rank = max(len(pair.a_RI) for pair in tensors.values())
@@ -96,18 +92,15 @@ class LoraBank:
         columns = [column for column, owner in enumerate(self.owner) if owner == _FREE][:rank]
         used = max(self.used, columns[-1] + 1)
         written = {name: (columns[: len(pair.a_RI)], pair) for name, pair in tensors.items()}
-        take_over = [group.with_columns(self.max_columns, used, columns, written) for group in self.groups]
+        take_over = self._prepared(used, columns, written, breathe)
         num_bytes = sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values())
 
         def finish() -> AdapterInfo:
-            for change in take_over:
-                change()
-            self._computed = used
+            self._take_over(take_over, used)
             for column in columns:
                 self.owner[column] = slot
             self._slots[digest] = slot
             self._infos[digest] = AdapterInfo(rank=rank, num_columns=rank, bytes=num_bytes)
-            self.select(self._selected, anew=True)
             return self._infos[digest]
 
         return finish
@@ -119,29 +112,55 @@ class LoraBank:
         slot = self._slots.pop(digest)
         del self._infos[digest]
         self.owner = [_FREE if owner == slot else owner for owner in self.owner]
-        self.select((), anew=True)
+        self._forget_selection()
 
     @torch.inference_mode()
-    def trim(self) -> Callable[[], None]:
-        """Compute no more columns than are used; call the answer between two steps."""
+    def trim(self, breathe: Callable[[float], None] = _no_pause) -> Callable[[], None]:
+        """Compute no more columns than are used; call the answer between two steps. `breathe` as for `install`."""
         used = self.used
-        take_over = [group.with_columns(self.max_columns, used, (), {}) for group in self.groups]
+        if used == self._computed:
+            return lambda: None
+        take_over = self._prepared(used, (), {}, breathe)
 
-        def finish() -> None:
-            for change in take_over:
+        return lambda: self._take_over(take_over, used)
+
+    def _prepared(
+        self,
+        used: int,
+        cleared: Sequence[int],
+        written: Mapping[str, tuple[Sequence[int], LoraTensors]],
+        breathe: Callable[[float], None],
+    ) -> list[Callable[[], None]]:
+        take_over = []
+        for group in self.groups:
+            started = time.perf_counter()
+            take_over.append(group.with_columns(self.max_columns, used, cleared, written))
+            breathe(time.perf_counter() - started)
+        return take_over
+
+    def _take_over(self, changes: Sequence[Callable[[], None]], used: int) -> None:
+        """All groups, or none: they must compute the same columns."""
+        before = [group.columns for group in self.groups]
+        self._forget_selection()
+        try:
+            for change in changes:
                 change()
-            self._computed = used
-            self.select((), anew=True)
+        except BaseException:
+            for group, columns in zip(self.groups, before, strict=True):
+                group.columns = columns  # the new columns are nobody's, whatever was written there
+            raise
+        self._computed = used
 
-        return finish
+    def _forget_selection(self) -> None:
+        self._selected, self._closed = (), None
 
     @torch.inference_mode()
-    def select(self, adapters: Sequence[str | None], *, anew: bool = False) -> None:
+    def select(self, adapters: Sequence[str | None]) -> None:
         """Say which adapter each token of the next forward has. Most steps ask for what the last one had."""
         wanted = tuple(adapters)
-        if wanted == self._selected and not anew:
+        if wanted == self._selected:
             return
-        self._selected, self._closed = wanted, None
+        self._forget_selection()  # so that nothing half-made is taken for `wanted` if this fails
         if any(wanted):
             slots = [_BASE if digest is None else self._slots[digest] for digest in wanted]
             device = self.place[1]
@@ -149,6 +168,7 @@ class LoraBank:
             closed_NR = owner_R != torch.tensor(slots, device=device)[:, None]
             members = {len(group.names) for group in self.groups}
             self._closed = {count: closed_NR.repeat_interleave(count, dim=1)[None] for count in members}
+        self._selected = wanted
 
     def closed(self, members: int) -> torch.Tensor | None:
         """True where a token may not see a column, [1, N, R * members]; None: no token has an adapter."""

@@ -30,5 +30,7 @@ class PrefixCache(ByteLru[bytes, torch.Tensor]):
         return keys
 
     def longest(self, keys: Sequence[bytes]) -> list[torch.Tensor]:
-        """The blocks from the first on, up to one that is not here."""
-        return list(itertools.takewhile(lambda block: block is not None, map(self.get, keys)))  # type: ignore[arg-type]
+        """The blocks from the first on, up to one that is not here. The first one counts as used last: without it, those
+        after it are of no use."""
+        here = list(itertools.takewhile(lambda key: key in self, keys))
+        return [block for key in reversed(here) if (block := self.get(key)) is not None][::-1]

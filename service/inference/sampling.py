@@ -110,7 +110,8 @@ def sample(
     min_p: float = 0.0,
 ) -> int:
     """One draw at `temperature` from what `candidates` leaves."""
-    scaled_V = logits_V.double() / temperature
+    exact_V = logits_V.double()
+    scaled_V = (exact_V - exact_V.max()) / temperature  # so that no temperature makes them overflow
     ids, weights = candidates(scaled_V, top_k=top_k, top_p=top_p, min_p=min_p)
     cumulative = weights.cumsum(dim=-1)
     uniform = torch.rand((), dtype=torch.float64, generator=generator).to(cumulative.device)

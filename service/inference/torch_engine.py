@@ -46,7 +46,8 @@ log = logging.getLogger(__name__)
 # Tokens of prompts in one step. Beside decoding rows few enough that those hardly wait: 64 were seen to add 35 ms to a
 # step of 30 for SmolLM2-135M on two cores. A GPU reads 512 in about the time it takes to read the weights.
 _PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
-_PROMPT_TOKENS_ALONE = 1024
+_PROMPT_TOKENS_ALONE = {"cpu": 256, "cuda": 1024}
+_SCORED_TOKENS = 128  # of one prompt, where its log-probabilities are wanted: each is a row of the whole vocabulary
 _BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
 
 
@@ -116,7 +117,8 @@ class TorchEngine:
             host_bytes
         )  # adapters by digest, checked and scaled
         self._grammars = Grammars(tokenizer, self._stop_ids, self._decoder.vocabulary_size)
-        self._prompt_tokens = _PROMPT_TOKENS.get(torch.device(device).type, _PROMPT_TOKENS["cuda"])
+        kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
+        self._prompt_tokens, self._prompt_tokens_alone = _PROMPT_TOKENS[kind], _PROMPT_TOKENS_ALONE[kind]
         self._rows: list[_Sequence] = []  # those with a slot, oldest first; only the stepping thread touches it
         self._stepping = threading.Lock()  # held during a step
         self._loading = threading.Lock()  # held while an adapter is read and written
@@ -185,7 +187,7 @@ class TorchEngine:
             if tensors is None:
                 tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
                 self._read.put(digest, tensors, sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values()))
-            finish = self._bank.install(digest, tensors)
+            finish = self._bank.install(digest, tensors, self._breathe)
             return self._between_steps(finish)  # type: ignore[no-any-return]
 
     def unload_adapter(self, digest: str) -> None:
@@ -200,7 +202,10 @@ class TorchEngine:
 
         with self._loading:
             self._between_steps(remove)
-            self._between_steps(self._bank.trim())
+            try:
+                self._between_steps(self._bank.trim(self._breathe))
+            except Exception:  # it is unloaded; the next load or unload trims again
+                log.exception("the columns that adapter %s left are still computed", digest)
 
     def stats(self) -> EngineStats:
         """How much there is to do."""
@@ -280,6 +285,11 @@ class TorchEngine:
             self._advanced_at = time.monotonic()
         return self._pending()
 
+    def _breathe(self, spent_s: float) -> None:
+        """Loading takes at most half of a processor from running requests."""
+        if self._rows:
+            time.sleep(spent_s)
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -339,14 +349,15 @@ class TorchEngine:
     def _advance_rows(self) -> None:
         """One forward: a token for each decoding row, and as many tokens of prompts as may come beside them."""
         taking: list[tuple[_Sequence, Piece]] = []
-        room = self._prompt_tokens if any(row.is_decoding for row in self._rows) else _PROMPT_TOKENS_ALONE
+        room = self._prompt_tokens if any(row.is_decoding for row in self._rows) else self._prompt_tokens_alone
         for sequence in self._rows:
             assert sequence.slot is not None
             tokens: tuple[int, ...]
             if sequence.is_decoding:
                 tokens = (sequence.answer[-1],)
             else:
-                tokens = sequence.request.prompt_ids[sequence.num_fed : sequence.num_fed + room]
+                most = room if sequence.request.sampling.prompt_logprobs is None else min(room, _SCORED_TOKENS)
+                tokens = sequence.request.prompt_ids[sequence.num_fed : sequence.num_fed + most]
                 room -= len(tokens)
             if tokens:
                 taking.append((sequence, Piece(sequence.slot, tokens)))
@@ -363,10 +374,13 @@ class TorchEngine:
         at = len(pieces)
         for number in every:
             sequence, piece = taking[number]
-            self._score_prompt(sequence, logits_NV[at : at + len(piece.tokens)])
+            part_TV = logits_NV[at : at + len(piece.tokens)]
+            self._guarded(lambda sequence=sequence, part_TV=part_TV: self._score_prompt(sequence, part_TV), [sequence])  # type: ignore[misc]
             at += len(piece.tokens)
         ready = []
         for number, (sequence, piece) in enumerate(taking):
+            if sequence.finished:
+                continue
             was_decoding = sequence.is_decoding
             sequence.num_fed += len(piece.tokens)
             with self._changed:
@@ -389,16 +403,22 @@ class TorchEngine:
             sequence.prompt_logprobs += logprobs_of(logits_TV[: len(next_ids)], next_ids, num_top)
 
     def _keep_prefix(self, sequence: _Sequence) -> None:
-        if not self._prefixes.max_bytes:
+        """Keep what the slot holds for later; a failure is logged, for nobody's answer needs it."""
+        slots = self._decoder.slots
+        block_bytes = slots.position_bytes * len(slots.layers) * BLOCK
+        if self._prefixes.max_bytes < block_bytes:
             return
         assert sequence.slot is not None
         tokens = (sequence.request.prompt_ids + tuple(sequence.answer))[: sequence.num_fed]
-        with torch.inference_mode():
-            for number, key in enumerate(self._prefixes.keys(sequence.request.adapter, tokens)):
-                if key not in self._prefixes:
-                    start = number * BLOCK
-                    kv_LHTD = self._decoder.slots.read(sequence.slot, start, start + BLOCK)
-                    self._prefixes.put(key, kv_LHTD, kv_LHTD.nbytes)
+        keys = self._prefixes.keys(sequence.request.adapter, tokens)[: self._prefixes.max_bytes // block_bytes]
+        try:
+            with torch.inference_mode():
+                for number, key in reversed(list(enumerate(keys))):  # the first last: what makes room is a tail
+                    if key not in self._prefixes:
+                        kv_LHTD = slots.read(sequence.slot, number * BLOCK, (number + 1) * BLOCK)
+                        self._prefixes.put(key, kv_LHTD, kv_LHTD.nbytes)
+        except RuntimeError:
+            log.exception("a prefix could not be kept")
 
     def _accept(self, sequences: list[_Sequence], logits_BV: torch.Tensor) -> None:
         for row, (sequence, token) in enumerate(zip(sequences, likeliest(logits_BV), strict=True)):
@@ -447,10 +467,10 @@ class TorchEngine:
         sequence.finished = True
         adapter = sequence.request.adapter
         if sequence in self._rows:
+            if sequence.slot is not None and reason in ("stop", "length"):
+                self._keep_prefix(sequence)
             self._rows.remove(sequence)
             if sequence.slot is not None:
-                if reason in ("stop", "length"):
-                    self._keep_prefix(sequence)
                 self._decoder.release(sequence.slot)
             with self._changed:
                 self._waiting.done(adapter)

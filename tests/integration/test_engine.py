@@ -23,11 +23,13 @@ from transformers import (
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
 )
 
 from service.domain import BaseBits
 from service.errors import ConflictError, ModelError, NotFoundError, RequestError
+from service.inference import grammar
 from service.inference.engine import Chunk, GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
 from service.quantised import keep_unpacked, loading_options
@@ -197,11 +199,34 @@ FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "mistral": (MistralConfig, {"sliding_window": None}),
     "mistral with a window": (MistralConfig, {"sliding_window": 9}),
     "qwen3": (Qwen3Config, {"head_dim": 16}),
-    "gemma2, soft caps and windows in turn": (Gemma2Config, {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12, "tie_word_embeddings": False}),
+    "gemma2, soft caps and windows in turn": (
+        Gemma2Config,
+        {"head_dim": 12, "sliding_window": 7, "query_pre_attn_scalar": 12, "tie_word_embeddings": False},
+    ),
     "gemma3, other rotations in turn": (
-        Gemma3TextConfig, {"head_dim": 12, "sliding_window": 7, "num_hidden_layers": 6, "query_pre_attn_scalar": 12, "tie_word_embeddings": False}
+        Gemma3TextConfig,
+        {
+            "head_dim": 12,
+            "sliding_window": 7,
+            "num_hidden_layers": 6,
+            "query_pre_attn_scalar": 12,
+            "tie_word_embeddings": False,
+        },
     ),
     "phi3, fused projections": (Phi3Config, {}),
+    "qwen2moe, experts that see some of the tokens": (
+        Qwen2MoeConfig,
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
+}
+TARGETS_OF: dict[Any, list[str]] = {
+    Phi3Config: ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    Qwen2MoeConfig: ["q_proj", "k_proj", "v_proj", "o_proj"],
 }  # fmt: skip
 
 
@@ -209,7 +234,7 @@ FAMILIES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 def test_other_decoder_families_decode_as_generate_does(tmp_path: Path, family: str) -> None:
     config_class, options = FAMILIES[family]
     base = _save_base(tmp_path / "base", config_class, **options)
-    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"] if config_class is Phi3Config else TARGETS
+    targets = TARGETS_OF.get(config_class, TARGETS)
     adapter = _save_adapter(base, tmp_path / "a", seed=1, rank=3, target_modules=targets)
     engine = TorchEngine(base, tokenizer=TOKENIZER, stop_ids=(), num_slots=3, max_context=128)
     engine.load_adapter("a", adapter)
@@ -227,6 +252,12 @@ def test_other_decoder_families_decode_as_generate_does(tmp_path: Path, family: 
         expected.append(TOKENIZER.decode(out[0, ids.shape[1] :]))
     assert engine.generate(requests) == expected
     assert expected[0] != expected[1]
+    if config_class is Qwen2MoeConfig:  # whose token is whose cannot be told within an expert
+        wide = _save_adapter(
+            base, tmp_path / "wide", seed=1, rank=3, target_modules=[*targets, "shared_expert.up_proj"]
+        )
+        with pytest.raises(ModelError, match=r"shared_expert\.up_proj: the base model has no such linear layer"):
+            engine.load_adapter("wide", wide)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -576,6 +607,36 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     assert running[2].text == llama.expected[None][0]
     assert engine.generate(llama.requests("a", "b")) == [llama.expected[d][n] for n in range(4) for d in ("a", "b")]
     assert not engine._decoder.slots.kv_LSHCD.any()
+
+
+def test_a_schema_too_costly_to_follow_ends_its_own_answer_as_an_error(
+    llama: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never as a text that is cut in the middle and looks whole. The limit is lowered, so that this schema meets it."""
+    monkeypatch.setattr(grammar, "_STEP_FUEL", 1000)
+    engine = llama.engine(stop_ids=[5])
+    schema = json.dumps({"type": "string", "pattern": "^(.*a.{60}b.*c.{40}d)$"})
+    sampling = SamplingParams(max_tokens=110, temperature=1.0, seed=1, json_schema=schema)
+    costly = _submit(engine, llama.requests("a", sampling=sampling)[0])
+    beside = _submit(engine, llama.requests("b")[0])
+    _drain(engine)
+    assert costly.reason == "error" and 1 < sum(chunk.num_tokens for chunk in costly.chunks) < 110
+    assert beside.text == llama.engine(stop_ids=[5]).generate(llama.requests("b")[:1])[0]
+
+
+def test_a_prefix_that_cannot_be_kept_costs_nobody_anything(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llama.engine(prefix_bytes=10**7)
+    prompt = tuple((5 * i) % 250 for i in range(70))
+
+    def full(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(engine._decoder.slots, "read", full)
+    answer = _submit(engine, GenerationRequest("r", prompt, SamplingParams(max_tokens=NUM_NEW, temperature=0.0), "a"))
+    _drain(engine)
+    assert answer.text == llama.reference(prompt, "a") and answer.reason == "length"
+    assert engine.stats().num_running == 0 and engine._decoder.slots.num_free == 4
+    engine.unload_adapter("a")
 
 
 def test_an_adapter_in_host_memory_comes_back_without_its_files(llama: Bench, tmp_path: Path) -> None:

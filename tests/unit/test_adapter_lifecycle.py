@@ -6,7 +6,7 @@ import pytest
 
 from serve.adapters import SLICE_S, AdapterState, AdapterTable, Fetch, Load, Unload
 from serve.routing import Registered
-from service.errors import ModelError, NotFoundError
+from service.errors import ConflictError, ModelError, NotFoundError
 
 RANKS = {"a1": 8, "a2": 8, "b1": 8, "c1": 16, "huge": 64}
 
@@ -310,6 +310,42 @@ def test_a_pinned_adapter_stays_whoever_waits() -> None:
     bench.table.want(3, registered(a="a1", b="b1"))  # no pin any more
     bench.settle()
     assert list(bench.bank) == ["b1"]
+
+
+def test_one_that_can_never_fit_ends_nobodys_turn_and_says_so() -> None:
+    bench = Bench(columns=16)
+    labels = registered(p="a1", b="b1", c="c1")
+    labels["p"] = labels["p"].model_copy(update={"pin": True})
+    bench.table.want(1, {label: labels[label] for label in "pb"})
+    bench.settle()
+    assert bench.table.acquire("b1", None) == "b1"
+    bench.table.want(2, labels)
+    bench.table.wait("c1")
+    bench.now_s += 10 * SLICE_S
+    bench.settle()
+    assert bench.table.acquire("b1", None) == "b1"
+    with pytest.raises(ConflictError, match="needs 16 columns, and pinned adapters leave 8"):
+        bench.table.acquire("c1", None)
+
+
+def test_a_pinned_label_can_be_swapped() -> None:
+    bench = Bench(columns=8)
+    for epoch, digest in enumerate(("a1", "a2"), start=1):
+        labels = registered(a=digest)
+        bench.table.want(epoch, {"a": labels["a"].model_copy(update={"pin": True})})
+        bench.settle()
+    assert list(bench.bank) == ["a2"] and bench.table.acquire("a1", "a") == "a2"
+
+
+def test_a_request_on_its_way_during_a_swap_gets_what_its_label_means_now() -> None:
+    bench = Bench(columns=16)
+    bench.want(a="a1")
+    bench.want(a="a2")
+    assert list(bench.bank) == ["a2"]
+    assert bench.table.acquire("a1", "a") == "a2"
+    assert bench.table.awaited("a1", "a").digest == "a2"
+    with pytest.raises(NotFoundError):
+        bench.table.acquire("a1", None)
 
 
 def test_any_order_of_events_keeps_what_runs_resident_and_ends_clean() -> None:

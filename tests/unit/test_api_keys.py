@@ -55,9 +55,9 @@ def test_everything_wrong_with_keys_is_told_at_once_and_without_secrets(tmp_path
     ]
     file.write_text(yaml.safe_dump(rows))
     with pytest.raises(ConfigError) as caught:
-        load_keys({"LORAY_API_KEYS": f"{SECRET},infer:short,fly:{OTHER}"}, str(file))
+        load_keys({"LORAY_API_KEYS": f"{SECRET},infer:short,fly:{OTHER},{SECRET}:infer"}, str(file))
     said = str(caught.value)
-    for words in ("key 1: has no scopes", "key 2: the secret has 5", "key 3: scopes are fly", "key 1: scopes are fly",
+    for words in ("key 1: has no scopes", "key 2: the secret has 5", "key 3: has an unknown scope", "key 1: scopes are fly",
                   "key 2: sha256", "key 3: scopes must be a list", "key 4: has name, secret", "key 5: has str",
                   "key 6: scopes are missing", "'a' stands twice"):  # fmt: skip
         assert words in said

@@ -12,13 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from service.errors import ConflictError, NotFoundError
 from service.inference.adapter_files import LoraTensors
+from service.inference.linear_group import LinearGroup
 from service.inference.lora_bank import LoraBank
 from service.inference.products import Packed, Plain, Ways, fastest
 
 LAYER = "model.layers.0."
 Q, K, V, OUT = (f"{LAYER}self_attn.{name}_proj" for name in "qkvo")
 GATE, UP, DOWN = (f"{LAYER}mlp.{name}_proj" for name in ("gate", "up", "down"))
-GROUPS = [[Q, K, V], [GATE, UP]]
+GROUPS = [[Q, K, V], [OUT], [GATE, UP], [DOWN]]
 SIZES = {Q: (16, 16), K: (16, 8), V: (16, 8), OUT: (16, 16), GATE: (16, 24), UP: (16, 24), DOWN: (24, 16)}
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -37,7 +38,7 @@ def _model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 
 def _bank(max_columns: int, dtype: torch.dtype = torch.float32) -> tuple[LoraBank, LlamaForCausalLM]:
     model = _model(dtype)
-    return LoraBank(model, max_columns, groups=GROUPS), model
+    return LoraBank(model, max_columns, GROUPS), model
 
 
 def _adapter(
@@ -194,8 +195,31 @@ def test_removing_what_is_not_resident_names_what_is() -> None:
         bank.remove("b")
 
 
-def test_the_output_head_carries_no_adapter() -> None:
-    assert "lm_head" not in _bank(8)[0].shapes
+@torch.inference_mode()
+def test_an_adapter_that_is_taken_over_in_part_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    (bank, model), x = _bank(8), _inputs(2)
+    bank.install("a", _adapter(2))()
+    bank.select(["a", None])
+    before = _outputs(model, x)
+    finish = bank.install("b", _adapter(5))
+    with monkeypatch.context() as patch:
+        real = LinearGroup.__setattr__
+
+        def fails(group: LinearGroup, name: str, value: object) -> None:
+            if group is bank.groups[2] and name == "columns":
+                patch.undo()
+                raise RuntimeError("no memory left")
+            real(group, name, value)
+
+        patch.setattr(LinearGroup, "__setattr__", fails)
+        with pytest.raises(RuntimeError, match="no memory left"):
+            finish()
+    assert list(bank.adapters()) == ["a"] and bank.free_columns == 6
+    bank.select(["a", None])
+    after = _outputs(model, x)
+    assert all(torch.equal(after[name], before[name]) for name in SIZES)
+    bank.install("b", _adapter(5))()
+    assert bank.free_columns == 1
 
 
 @torch.inference_mode()

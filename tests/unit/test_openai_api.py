@@ -266,6 +266,16 @@ def test_each_error_has_its_status_and_openais_shape(error: Exception, status: i
     assert answer["error"]["param"] == ("stop" if isinstance(error, RequestError) else None)
 
 
+@pytest.mark.parametrize(
+    "raw", [b'{"\\ud800": 1, "\\ud800": 2}', b'{"model": "\\udfff", "messages": [{"role": "\\ud800"}]}']
+)
+def test_half_a_surrogate_pair_in_a_body_can_be_told_of(raw: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse_chat(raw)
+    _, answer = error_answer(caught.value, "err-1")
+    assert json.dumps(answer, ensure_ascii=False).encode()
+
+
 def test_an_unexpected_error_shows_its_id_and_not_its_text() -> None:
     _, answer = error_answer(ZeroDivisionError("secret"), "err-1")
     assert "secret" not in json.dumps(answer)

@@ -151,3 +151,10 @@ def test_what_resolved_is_explained() -> None:
         "alias 'production' of tickets",
         "adapter name 'mine'",
     ]
+
+
+def test_an_arm_of_another_base_is_refused_and_an_arm_without_weight_gets_nobody() -> None:
+    old = Split(arms={"a": Arm(model="old", digest="OLD", weight=1, is_base=True)}, salt="s", key=("user",))
+    with pytest.raises(UnknownModelError, match="another base model"):
+        resolve("x", Routes("tiny", "b0", splits={"x": old}), "user-1")
+    assert _split(a=0, b=1).arm_of(None) == "b"

@@ -162,3 +162,10 @@ def test_every_bad_parameter_is_reported_at_once() -> None:
     for name in names:
         assert name in caught.value.message
     assert caught.value.param == "max_tokens"
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-310])
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 2, "min_p": 0.1}])
+def test_a_tiny_temperature_is_nearly_greedy_and_never_garbage(temperature: float, options: dict[str, Any]) -> None:
+    logits = torch.tensor([0.0, 50.0, 49.0, -50.0])
+    assert {sample(logits, temperature, _seeded(seed), **options) for seed in range(20)} == {1}

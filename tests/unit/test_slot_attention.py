@@ -123,3 +123,13 @@ def test_the_blocks_used_longest_ago_make_room() -> None:
     assert cache.num_bytes == 3 * 16
     cache.put(b"huge", torch.zeros(100), 400)
     assert b"huge" not in cache and cache.num_bytes == 3 * 16
+
+
+def test_a_prefix_longer_than_its_neighbours_leave_room_for_keeps_its_head() -> None:
+    cache = PrefixCache(3 * 16)
+    keys = cache.keys(None, list(range(3 * BLOCK)))
+    for key in reversed(keys):
+        cache.put(key, torch.zeros(4), 16)
+    assert len(cache.longest(keys)) == 3
+    cache.put(b"other", torch.zeros(4), 16)
+    assert len(cache.longest(keys)) == 2

@@ -46,22 +46,24 @@ def _states(pair: Endpoint) -> dict[str, str]:
     return {replica: report["state"] for replica, report in adapter["replicas"].items()}
 
 
-def _replica_pids() -> list[int]:
+def _replica_pids(cluster: str) -> list[int]:
     from ray.util.state import list_actors
 
-    actors: Any = list_actors(filters=[("state", "=", "ALIVE")], detail=True)
+    actors: Any = list_actors(address=cluster, filters=[("state", "=", "ALIVE")], detail=True)
     return [
         actor.pid for actor in actors if actor.class_name.startswith("ServeReplica:") and "Engine" in actor.class_name
     ]
 
 
-def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(pair: Endpoint) -> None:
+def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(
+    pair: Endpoint, ray_cluster: str
+) -> None:
     put = pair.http.put("/v1/adapters/red", params={"wait": "all_replicas"}, json={"model": "red@1"})
     assert put.status_code == 200, put.text
     before = _states(pair)
     assert len(before) == 2 and set(before.values()) == {"resident"}
     expected = pair.ask("red@1", max_tokens=200)
-    pids = _replica_pids()
+    pids = _replica_pids(ray_cluster)
     assert len(pids) == 2
 
     def stream(number: int) -> str:
@@ -91,4 +93,4 @@ def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(
         return len(set(now) - set(before)) == 1 and set(now.values()) == {"resident"}
 
     wait_until(converged, "the new replica has the adapter")
-    assert len(_replica_pids()) == 2
+    assert len(_replica_pids(ray_cluster)) == 2

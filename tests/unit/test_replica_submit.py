@@ -34,6 +34,8 @@ class Engine:
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 
+    def close(self) -> None: ...
+
 
 async def _leave_while_submitting(engine: Engine, released: list[bool]) -> Any:
     """What `generate` does around a submit, with a caller that goes away; the countdown afterwards."""

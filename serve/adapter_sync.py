@@ -25,8 +25,8 @@ from service.registry import Registry
 POLL_EVERY_S = 1.0
 # A request waits this long for its adapter: a cold fetch of some 100 MB from an object store, with a margin.
 LOAD_WAIT_S = 120.0
-# Each waiter holds one of the replica's places; others need some, too.
-MAX_WAITING_PER_SLOT = 1
+# Requests that wait for adapters, over all of them. Each holds one of the replica's 8 places a slot; others need some, too.
+MAX_WAITING_PER_SLOT = 6
 # Replicas that were killed leave their last report; the next one to start sweeps up after this time.
 FORGET_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
@@ -136,11 +136,12 @@ class AdapterSync:
                 self._notify()  # a turn that was over may go on
 
     def _join(self, target: Target) -> str:
-        """Wait in line for the adapter that is to answer; ClusterError where the line is long. Call with the lock held."""
+        """Wait in line for the adapter that is to answer; ClusterError where too many wait. Call with the lock held."""
         adapter = self._table.awaited(target.digest, target.label)
-        if adapter.waiting >= MAX_WAITING_PER_SLOT * self._engine.num_slots:
+        waiting = sum(other.waiting for other in self._table.adapters.values())
+        if waiting >= MAX_WAITING_PER_SLOT * self._engine.num_slots:
             raise ClusterError(
-                f"adapter {adapter.model} is not resident and {adapter.waiting} requests wait for it. Try again in a second."
+                f"adapter {adapter.model} is not resident, and {waiting} requests wait for adapters. Try again in a second."
             )
         self._table.wait(adapter.digest)
         return adapter.digest

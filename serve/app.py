@@ -163,7 +163,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
             "num_gpus": num_gpus,
             "runtime_env": {"env_vars": launcher.ALLOCATOR},
         },
-        max_ongoing_requests=4 * slots,  # the engine batches `slots` of them; the next are at hand when one ends
+        max_ongoing_requests=8 * slots,  # the engine batches `slots` of them; the next, of every adapter, are at hand
         max_queued_requests=16 * slots,
         graceful_shutdown_timeout_s=300,
         graceful_shutdown_wait_loop_s=0.5,

@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from service.inference.engine import (
 from service.inference.fair_queue import FairQueue
 from service.inference.grammar import Grammars
 from service.inference.prefix_cache import BLOCK, PrefixCache
+from service.inference.request_state import RequestState
 from service.inference.sampling import NOT_FINITE, Sampler, likeliest, logprobs_of
 from service.inference.slot_attention import Piece
 
@@ -49,31 +49,6 @@ _PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
 _PROMPT_TOKENS_ALONE = {"cpu": 256, "cuda": 1024}
 _SCORED_TOKENS = 128  # of one prompt, where its log-probabilities are wanted: each is a row of the whole vocabulary
 _BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
-
-
-@dataclass(eq=False)  # two sequences are never the same
-class _Sequence:
-    """One request in flight. Its tokens are the prompt's, then the answer's; `num_fed` of them are in its slot."""
-
-    request: GenerationRequest
-    on_chunk: OnChunk
-    text: TextStream
-    sampler: Sampler
-    stop_ids: frozenset[int]
-    slot: int | None = None
-    num_fed: int = 0
-    num_cached: int = 0
-    answer: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    num_reported: int = 0
-    cancelled: bool = False
-    finished: bool = False
-
-    @property
-    def is_decoding(self) -> bool:
-        """Whether all but its newest token is in the slot."""
-        return self.num_fed >= len(self.request.prompt_ids)
 
 
 class TorchEngine:
@@ -119,13 +94,13 @@ class TorchEngine:
         self._grammars = Grammars(tokenizer, self._stop_ids, self._decoder.vocabulary_size)
         kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
         self._prompt_tokens, self._prompt_tokens_alone = _PROMPT_TOKENS[kind], _PROMPT_TOKENS_ALONE[kind]
-        self._rows: list[_Sequence] = []  # those with a slot, oldest first; only the stepping thread touches it
+        self._rows: list[RequestState] = []  # those with a slot, oldest first; only the stepping thread touches it
         self._stepping = threading.Lock()  # held during a step
         self._loading = threading.Lock()  # held while an adapter is read and written
         self._changed = threading.Condition()  # guards the four below
-        self._waiting: FairQueue[_Sequence] = FairQueue()
+        self._waiting: FairQueue[RequestState] = FairQueue()
         self._commands: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._in_flight: dict[str, _Sequence] = {}
+        self._in_flight: dict[str, RequestState] = {}
         self._closing = False
         self._thread: threading.Thread | None = None
         self._advanced_at = time.monotonic()
@@ -147,7 +122,7 @@ class TorchEngine:
         self._check_request(request)
         params = request.sampling
         matcher = None if params.json_schema is None else self._grammars.matcher(params.json_schema)
-        sequence = _Sequence(
+        sequence = RequestState(
             request,
             on_chunk,
             TextStream(self._tokenizer, request.prompt_ids, params.stop),
@@ -336,7 +311,7 @@ class TorchEngine:
             self._rows.append(sequence)
             self._guarded(lambda sequence=sequence: self._open(sequence), [sequence])  # type: ignore[misc]
 
-    def _open(self, sequence: _Sequence) -> None:
+    def _open(self, sequence: RequestState) -> None:
         """Give it a slot, and what is known of its prompt; the last token is always computed, for its logits."""
         slots, prompt = self._decoder.slots, sequence.request.prompt_ids
         sequence.slot = slots.take()
@@ -348,7 +323,7 @@ class TorchEngine:
 
     def _advance_rows(self) -> None:
         """One forward: a token for each decoding row, and as many tokens of prompts as may come beside them."""
-        taking: list[tuple[_Sequence, Piece]] = []
+        taking: list[tuple[RequestState, Piece]] = []
         room = self._prompt_tokens if any(row.is_decoding for row in self._rows) else self._prompt_tokens_alone
         for sequence in self._rows:
             assert sequence.slot is not None
@@ -363,7 +338,7 @@ class TorchEngine:
                 taking.append((sequence, Piece(sequence.slot, tokens)))
         self._guarded(lambda: self._forward(taking), [sequence for sequence, _ in taking])
 
-    def _forward(self, taking: Sequence[tuple[_Sequence, Piece]]) -> None:
+    def _forward(self, taking: Sequence[tuple[RequestState, Piece]]) -> None:
         pieces = [piece for _, piece in taking]
         every = [
             number
@@ -393,7 +368,7 @@ class TorchEngine:
         if ready:
             self._accept([taking[number][0] for number in ready], rows)
 
-    def _score_prompt(self, sequence: _Sequence, logits_TV: torch.Tensor) -> None:
+    def _score_prompt(self, sequence: RequestState, logits_TV: torch.Tensor) -> None:
         """The log-probabilities of the tokens after these, but for the last, which the prompt does not have."""
         prompt, num_top = sequence.request.prompt_ids, sequence.request.sampling.prompt_logprobs or 0
         if not sequence.prompt_logprobs:
@@ -402,7 +377,7 @@ class TorchEngine:
         if next_ids:
             sequence.prompt_logprobs += logprobs_of(logits_TV[: len(next_ids)], next_ids, num_top)
 
-    def _keep_prefix(self, sequence: _Sequence) -> None:
+    def _keep_prefix(self, sequence: RequestState) -> None:
         """Keep what the slot holds for later; a failure is logged, for nobody's answer needs it."""
         slots = self._decoder.slots
         block_bytes = slots.position_bytes * len(slots.layers) * BLOCK
@@ -420,7 +395,7 @@ class TorchEngine:
         except RuntimeError:
             log.exception("a prefix could not be kept")
 
-    def _accept(self, sequences: list[_Sequence], logits_BV: torch.Tensor) -> None:
+    def _accept(self, sequences: list[RequestState], logits_BV: torch.Tensor) -> None:
         for row, (sequence, token) in enumerate(zip(sequences, likeliest(logits_BV), strict=True)):
             # A row at a time: what one request brings, a grammar for example, ends that request.
             self._guarded(
@@ -429,7 +404,7 @@ class TorchEngine:
             )
 
     @torch.inference_mode()
-    def _choose(self, sequence: _Sequence, token: int, logits_V: torch.Tensor) -> None:
+    def _choose(self, sequence: RequestState, token: int, logits_V: torch.Tensor) -> None:
         """Take the next token of one row; `token` is the likeliest one."""
         params = sequence.request.sampling
         if token == NOT_FINITE:
@@ -442,7 +417,7 @@ class TorchEngine:
             sequence.logprobs += logprobs_of(logits_V[None], [token], params.logprobs)
         return self._advance(sequence, token)
 
-    def _advance(self, sequence: _Sequence, token: int) -> None:
+    def _advance(self, sequence: RequestState, token: int) -> None:
         """Take one token in: text that is certain goes out, and the end is noticed."""
         sequence.answer.append(token)
         sequence.sampler.accept(token)
@@ -460,7 +435,9 @@ class TorchEngine:
             self._send(sequence, text)
         return None
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason, text: str = "", *, error: str | None = None) -> None:
+    def _finish(
+        self, sequence: RequestState, reason: FinishReason, text: str = "", *, error: str | None = None
+    ) -> None:
         """Free the slot first, so that it is free by the time anybody hears of it; then the last chunk."""
         if sequence.finished:
             return
@@ -480,27 +457,15 @@ class TorchEngine:
         self._send(sequence, text, reason, error)
 
     def _send(
-        self, sequence: _Sequence, text: str, reason: FinishReason | None = None, error: str | None = None
+        self, sequence: RequestState, text: str, reason: FinishReason | None = None, error: str | None = None
     ) -> None:
-        new = slice(sequence.num_reported, len(sequence.answer))
-        chunk = Chunk(
-            text,
-            tuple(sequence.answer[new]),
-            reason,
-            error,
-            num_prompt_tokens=len(sequence.request.prompt_ids),
-            num_cached_tokens=sequence.num_cached,
-            logprobs=tuple(sequence.logprobs[new]),
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if new.start == 0 else (),
-        )
-        sequence.num_reported = new.stop
         try:
-            sequence.on_chunk(chunk)
+            sequence.on_chunk(sequence.next_chunk(text, reason, error))
         except Exception:
             log.exception("a listener failed; its request is cancelled")
             sequence.cancelled = True
 
-    def _guarded(self, work: Callable[[], None], concerned: list[_Sequence]) -> None:
+    def _guarded(self, work: Callable[[], None], concerned: list[RequestState]) -> None:
         """Run a part of a step; what it raises ends the requests concerned, not the engine."""
         try:
             work()

@@ -8,14 +8,14 @@ from typing import Any
 from serve.http_errors import answer_to
 from serve.openai_answers import DONE, Answer, Usage, event
 from serve.openai_api import Ask
-from serve.parts import Part, Started
+from serve.parts import Counts, Part, Started
 from service.errors import ClusterError
 
 
 async def completion(stream: Any, ask: Ask, answer: Answer, started: Started) -> dict[str, Any]:
     """The body of all answers. The request is cancelled in the engine if the caller goes away."""
     found: dict[int, Part] = {}
-    counts = _Counts(started, ask.n)
+    counts = Counts(started, ask.n)
     try:
         async for part in stream:
             _check_whole(part)
@@ -28,16 +28,13 @@ async def completion(stream: Any, ask: Ask, answer: Answer, started: Started) ->
         answer.choice(index, part.text, part.finish_reason or "stop", part.scored if scores else None)
         for index, part in sorted(found.items())
     ]
-    return answer.whole(choices, counts.usage())
+    return answer.whole(choices, _usage(counts))
 
 
 async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> AsyncIterator[str]:
     """The server-sent events of streamed answers: roles, contents, finish reasons, usage if asked for, [DONE]."""
-    counts, offsets, usage = (
-        _Counts(started, ask.n),
-        dict.fromkeys(range(ask.n * len(ask.prompts)), 0),
-        ask.include_usage,
-    )
+    counts, usage = Counts(started, ask.n), ask.include_usage
+    offsets = dict.fromkeys(range(ask.n * len(ask.prompts)), 0)  # characters of each answer that have gone out
     try:
         if ask.is_chat:
             for index in offsets:
@@ -52,7 +49,7 @@ async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> Asy
             if part.finish_reason:
                 yield answer.chunk(index, None, part.finish_reason, with_usage=usage)
         if usage:
-            yield answer.usage_chunk(counts.usage())
+            yield answer.usage_chunk(_usage(counts))
         yield DONE
     except Exception as error:
         yield event(answer_to(error)[1])
@@ -60,20 +57,8 @@ async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> Asy
         stream.cancel()
 
 
-class _Counts:
-    """Tokens of all answers to a request."""
-
-    def __init__(self, started: Started, n: int) -> None:
-        self._started, self._n, self._num_tokens = started, n, 0
-        self._cached: dict[int, int] = {}  # by prompt, as its first answer found it
-
-    def add(self, part: Part) -> None:
-        self._num_tokens += part.num_tokens
-        if part.choice % self._n == 0:
-            self._cached[part.choice] = part.num_cached_tokens
-
-    def usage(self) -> Usage:
-        return Usage(self._started.num_prompt_tokens, self._num_tokens, sum(self._cached.values()))
+def _usage(counts: Counts) -> Usage:
+    return Usage(counts.num_prompt_tokens, counts.num_tokens, counts.num_cached_tokens)
 
 
 def _check_whole(part: Part) -> None:

@@ -14,7 +14,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import GaugeMetricFamily
 
 from serve.desired import ReplicaReport
-from serve.parts import Part, Started
+from serve.parts import Counts, Part, Started
 
 MAX_SERIES = 200
 _LABELS = ("model", "split", "arm")
@@ -78,9 +78,9 @@ class Observed:
     """A stream of parts that counts what passes. `cancel` is the stream's."""
 
     def __init__(self, metrics: Metrics, stream: Any, started: Started, series: Series, since: float, n: int) -> None:
-        self._metrics, self._stream, self._series, self._since, self._n = metrics, stream, series, since, n
+        self._metrics, self._stream, self._series, self._since = metrics, stream, series, since
         self._open = True
-        self._prompt_tokens = started.num_prompt_tokens
+        self._counts = Counts(started, n)
         metrics._running.labels(*series).inc()
 
     def cancel(self) -> None:
@@ -91,8 +91,7 @@ class Observed:
     async def __aiter__(self) -> AsyncIterator[Part]:
         m, series = self._metrics, self._series
         last: dict[int, float] = {}  # by answer
-        cached: dict[int, int] = {}
-        m._prompt.labels(*series).inc(self._prompt_tokens)
+        m._prompt.labels(*series).inc(self._counts.num_prompt_tokens)
         try:
             async for part in self._stream:
                 now = m.now()
@@ -103,15 +102,14 @@ class Observed:
                         m._first.labels(*series).observe(now - self._since)
                     last[part.choice] = now
                     m._tokens.labels(*series).inc(part.num_tokens)
-                if part.choice % self._n == 0:
-                    cached[part.choice] = part.num_cached_tokens
+                self._counts.add(part)
                 if part.finish_reason in ("error", "cancelled"):
                     self._end(str(part.finish_reason))
                 yield part
         except Exception:
             self._end("error")
             raise
-        m._cached.labels(*series).inc(sum(cached.values()))
+        m._cached.labels(*series).inc(self._counts.num_cached_tokens)
         self._end("ok")
 
     def _end(self, how: str) -> None:

@@ -279,9 +279,9 @@ class _Reader(Fields):
             return ""
         return str(value)
 
-    def max_tokens(self, least: int = 1) -> tuple[int | None, str]:
-        old = self.integer("max_tokens", least, _INT64 - 1)
-        new = self.integer("max_completion_tokens", least, _INT64 - 1)
+    def max_tokens(self) -> tuple[int | None, str]:
+        old = self.integer("max_tokens", 1, _INT64 - 1)
+        new = self.integer("max_completion_tokens", 1, _INT64 - 1)
         if old is not None and new is not None and old != new:
             self.problem("max_completion_tokens", f"is {new} while max_tokens is {old}. Send one of the two.")
         return (old, "max_tokens") if new is None else (new, "max_completion_tokens")

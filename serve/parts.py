@@ -48,6 +48,25 @@ class Part:
         )
 
 
+class Counts:
+    """Tokens of all parts that were added: of the prompts, each counted once however many answers it gets, and of these."""
+
+    def __init__(self, started: Started, n: int) -> None:
+        self.num_prompt_tokens, self.num_tokens, self._n = started.num_prompt_tokens, 0, n
+        self._cached: dict[int, int] = {}  # by prompt, as its first answer found it
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of the prompts' tokens, those that were not computed again."""
+        return sum(self._cached.values())
+
+    def add(self, part: Part) -> None:
+        """Count a part."""
+        self.num_tokens += part.num_tokens
+        if part.choice % self._n == 0:
+            self._cached[part.choice] = part.num_cached_tokens
+
+
 def part_of(choice: int, chunk: Chunk, token_text: Callable[[int], str], *, with_prompt_scores: bool) -> Part:
     """An engine's chunk as a part; `with_prompt_scores` puts the prompt's log-probabilities before the answer's."""
     scores = (*(chunk.prompt_logprobs if with_prompt_scores else ()), *chunk.logprobs)

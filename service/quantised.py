@@ -1,4 +1,4 @@
-"""Loading a base in 4 or 8 bits by bitsandbytes, the same for the gate that checks a model and the engine that serves it.
+"""Loading a base in 4 or 8 bits by bitsandbytes: the same for the trainer, the gate that checks it, and the engine that serves.
 
 4 bits are NormalFloat (arXiv:2305.14314), 8 bits LLM.int8 (arXiv:2208.07339). What a trainer does beyond that is in
 `training/methods/quantised.py`.
@@ -13,6 +13,9 @@ import torch
 
 from service.domain import BaseBits
 from service.errors import ConfigError
+
+# It warns of every cast at every product, and of an optional package whenever PEFT imports it.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def loading_options(bits: BaseBits, compute: torch.dtype, *, double_quant: bool, alone: bool = False) -> dict[str, Any]:
@@ -31,7 +34,6 @@ def loading_options(bits: BaseBits, compute: torch.dtype, *, double_quant: bool,
         ) from None
     from transformers import BitsAndBytesConfig
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
     if bits == 8:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0 if alone else 6.0)}
     config = BitsAndBytesConfig(
@@ -39,7 +41,7 @@ def loading_options(bits: BaseBits, compute: torch.dtype, *, double_quant: bool,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute,
-        bnb_4bit_quant_storage=compute,
+        bnb_4bit_quant_storage=compute,  # a float type, which ZeRO can partition and bytes it could not
     )
     return {"quantization_config": config}
 
@@ -47,8 +49,9 @@ def loading_options(bits: BaseBits, compute: torch.dtype, *, double_quant: bool,
 def keep_unpacked(model: Any) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for a faster forward on processors with AVX512-BF16.
 
-    It computes otherwise: log-probabilities of SmolLM2-135M were seen to move by up to 0.38 nats. Without, they are the
-    trainer's to the last bit. The merge needs the weights as they were loaded, too.
+    It computes otherwise: log-probabilities of SmolLM2-135M were seen to move by up to 0.38 nats, so the gate and the engine
+    would not have the trainer's numbers. The merge needs the weights as they were loaded. And a trainer loses its gradient,
+    without an error, from the first forward in evaluation mode on: after one evaluation its norm fell from 1.43 to 0.54.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

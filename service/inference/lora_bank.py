@@ -6,9 +6,10 @@ r free ones; the owner vector is the page table. For the tokens of a step,
     h = where(owner[column] == slot[token], x @ A_cat^T, 0);  y += h @ B_cat
 
 Two dense products whatever the mixture. Selected, never multiplied by a mask: NaN and inf of a neighbour would cross
-over. Tokens are kept apart by that alone; B is finite (checked in `adapter_files.py`). Columns
-are zeroed before another adapter gets them. A step without adapters skips everything. An adapter is written beside the running steps and taken over between two of them:
-`install` and `trim` return that last part, and only one thread may be in them. `linear_group.py` has the products.
+over. Tokens are kept apart by that alone; B is finite (checked in `adapter_files.py`). Columns are zeroed before another
+adapter gets them. A step without adapters skips everything. An adapter is written beside the running steps and taken over
+between two of them: `install` and `trim` return that last part, and only one thread may be in them. `linear_group.py` has
+the products.
 """
 
 from __future__ import annotations

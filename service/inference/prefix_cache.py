@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +25,7 @@ class PrefixCache(ByteLru[bytes, torch.Tensor]):
         """One key for each whole block."""
         key, keys = hashlib.sha256(b"" if adapter is None else adapter.encode()).digest(), []
         for start in range(0, len(tokens) - BLOCK + 1, BLOCK):
-            block = b"".join(token.to_bytes(4, "little") for token in tokens[start : start + BLOCK])
-            key = hashlib.sha256(key + block).digest()
+            key = hashlib.sha256(key + array("q", tokens[start : start + BLOCK]).tobytes()).digest()
             keys.append(key)
         return keys
 

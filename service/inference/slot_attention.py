@@ -10,7 +10,8 @@ Shapes: N tokens, B decoding rows, H key-value heads, G query heads for each of 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -47,11 +48,10 @@ class Reading:
         ends = [starts[piece.slot] + 1 for piece in singles]
         self._positions_B = torch.tensor(ends, device=device) - 1
         apart = rows_apart(ends, max(1, _APART_BYTES // slots.position_bytes))
-        self._views = [_View(slots, sorted(piece.slot for i, piece in enumerate(singles) if i not in apart))]
-        self._views = [view for view in self._views if view.rows] + [_View(slots, [singles[i].slot]) for i in apart]
         places = {piece.slot: i for i, piece in enumerate(singles)}
-        for view in self._views:
-            view.take_from(places, device)
+        together = sorted(piece.slot for i, piece in enumerate(singles) if i not in apart)
+        read_at_once = [rows for rows in (together, *([singles[i].slot] for i in apart)) if rows]
+        self._views = [_View(slots, rows, places) for rows in read_at_once]
         self._longer: list[tuple[int, int, slice]] = []
         at = len(singles)
         for piece in longer:
@@ -146,25 +146,22 @@ class Reading:
 
 
 class _View:
-    """Slots that are read in one call: all from the first to the last, those without a row of ours for nothing."""
+    """Slots that are read in one call: all from the first to the last, those without a row of ours for nothing.
 
-    def __init__(self, slots: Slots, rows: list[int]) -> None:
-        self.rows = rows
-        if rows:
-            self.first, self.last = rows[0], rows[-1] + 1
-            self.longest = max(slots.lengths[slot] for slot in rows) + 1
-            self._held = [slots.lengths[slot] if slot in set(rows) else 0 for slot in range(self.first, self.last)]
+    `rows` are its slots, `places` says where each decoding row's slot stands among all of them.
+    """
 
-    def take_from(self, places: dict[int, int], device: torch.device) -> None:
-        """Find this view's rows among all decoding rows, whose places by slot are given."""
-        self.positions_B = torch.tensor(self._held, device=device)
-        self.take: torch.Tensor | None = None
-        in_order = list(places) == self.rows
-        if not in_order or self.last - self.first > len(self.rows):
-            wanted = [places[slot] if slot in self.rows else 0 for slot in range(self.first, self.last)]
-            self.take = torch.tensor(wanted, device=device)
-            self.give = torch.tensor([places[slot] for slot in self.rows], device=device)
-            self.give_from = torch.tensor([slot - self.first for slot in self.rows], device=device)
+    def __init__(self, slots: Slots, rows: list[int], places: dict[int, int]) -> None:
+        device, mine = slots.kv_LSHCD.device, set(rows)
+        self.first, self.last = rows[0], rows[-1] + 1
+        self.longest = max(slots.lengths[slot] for slot in rows) + 1
+        span = range(self.first, self.last)
+        self.positions_B = torch.tensor([slots.lengths[slot] if slot in mine else 0 for slot in span], device=device)
+        self.take: torch.Tensor | None = None  # None: all rows, in their order
+        if list(places) != rows or len(span) > len(rows):
+            self.take = torch.tensor([places[slot] if slot in mine else 0 for slot in span], device=device)
+            self.give = torch.tensor([places[slot] for slot in rows], device=device)
+            self.give_from = torch.tensor([slot - self.first for slot in rows], device=device)
 
 
 def rows_apart(lengths: Sequence[int], cost_apart: int) -> list[int]:
@@ -194,18 +191,14 @@ def install(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-class reading:
+@contextmanager
+def reading(forward: Reading) -> Iterator[None]:
     """Within it, the model's forward is this one."""
-
-    def __init__(self, forward: Reading) -> None:
-        self._forward = forward
-
-    def __enter__(self) -> Reading:
-        self._token = _current.set(self._forward)
-        return self._forward
-
-    def __exit__(self, *error: object) -> None:
-        _current.reset(self._token)
+    token = _current.set(forward)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 def _no_mask(*args: Any, **options: Any) -> None:

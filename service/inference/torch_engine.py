@@ -88,9 +88,8 @@ class TorchEngine:
         self.num_slots = self._decoder.slots.num_slots
         self._bank = self._decoder.bank
         self._prefixes = PrefixCache(prefix_bytes)
-        self._read: ByteLru[str, Mapping[str, LoraTensors]] = ByteLru(
-            host_bytes
-        )  # adapters by digest, checked and scaled
+        # Adapters by digest, read, checked and scaled, for when they come back.
+        self._read: ByteLru[str, Mapping[str, LoraTensors]] = ByteLru(host_bytes)
         self._grammars = Grammars(tokenizer, self._stop_ids, self._decoder.vocabulary_size)
         kind = "cpu" if torch.device(device).type == "cpu" else "cuda"
         self._prompt_tokens, self._prompt_tokens_alone = _PROMPT_TOKENS[kind], _PROMPT_TOKENS_ALONE[kind]

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from service.config import FullBlock, RunConfig
 from service.errors import LorayError, ModelError
+from service.quantised import keep_unpacked
 from service.training.methods import quantised
 
 STORAGE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of frozen weights, by precision
@@ -48,7 +49,7 @@ def load_base(path: Path, config: RunConfig, device: torch.device) -> Any:
             **placed,
         )
         _demand_exact(info, path)
-    quantised.settle(model)
+    keep_unpacked(model)
     return model
 
 

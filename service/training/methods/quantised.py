@@ -7,21 +7,18 @@ memory and no time.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from service import quantised
 from service.config import FullBlock, LoraBlock, QloraBlock
 from service.errors import ConfigError
 
 BLOCK = 64  # weights that share a scale, QLoRA section 3
 NESTED_BLOCK = 256  # scales that share a scale of their own, double quantisation
-
-# It warns of every cast at every product, and of an optional package whenever PEFT imports it.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def loading_options(method: FullBlock | LoraBlock, compute: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -33,19 +30,8 @@ def loading_options(method: FullBlock | LoraBlock, compute: torch.dtype, device:
         return {}
     _refuse_what_does_not_work(method, device)
     _demand_bitsandbytes(method)
-    from transformers import BitsAndBytesConfig
-
-    if isinstance(method, QloraBlock):
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=method.double_quant,
-            bnb_4bit_compute_dtype=compute,
-            bnb_4bit_quant_storage=compute,  # a float type, which ZeRO can partition and bytes it could not
-        )
-    else:
-        quantisation = BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": quantisation}
+    double_quant = isinstance(method, QloraBlock) and method.double_quant
+    return quantised.loading_options(method.base_bits, compute, double_quant=double_quant)
 
 
 def _refuse_what_does_not_work(method: LoraBlock, device: torch.device) -> None:
@@ -72,17 +58,6 @@ def _demand_bitsandbytes(method: LoraBlock) -> None:
             f"a base in {method.base_bits} bits needs bitsandbytes, which is not installed. Run: pip install "
             "'loray[quant]', or take method {type: lora, base_bits: 16}."
         ) from None
-
-
-def settle(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for inference.
-
-    On a processor with AVX512-BF16 the first forward in evaluation mode repacks them, and from then on no gradient
-    passes through them, without an error: after one evaluation the gradient norm of SmolLM2-135M fell from 1.43 to 0.54.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - bitsandbytes' attribute, not torch's
 
 
 def quantised_weights(model: Any, method: FullBlock | LoraBlock) -> set[int]:

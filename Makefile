@@ -34,6 +34,7 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks.plan_error
 	$(BIN)/python -m tests.benchmarks.serve_mixed
 	$(BIN)/python -m tests.benchmarks.serve_adapters
+	$(BIN)/python -m tests.benchmarks.serve_http
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,8 +16,9 @@ def adapters_body(desired: Desired, reports: Sequence[ReplicaReport]) -> dict[st
     data = []
     for label, entry in sorted(desired.adapters.items()):
         row = _row(label, entry.model, entry.digest, reports)
+        row["uri"] = entry.source.uri if entry.source else None
         serving = {r.serving[label] for r in reports if label in r.serving}
-        row["serving"] = sorted(_model_of(digest, reports) for digest in serving)
+        row["serving"] = sorted(entry.model if d == entry.digest else _model_of(d, reports) for d in serving)
         data.append(row)
     registered = {entry.digest for entry in desired.adapters.values()}
     others = {digest: a.model for r in reports for digest, a in r.adapters.items() if digest not in registered}
@@ -40,6 +41,7 @@ def _row(name: str | None, model: str, digest: str, reports: Sequence[ReplicaRep
         "name": name,
         "model": model,
         "digest": digest,
+        "uri": None,
         "state": worst.state,
         "detail": worst.detail,
         "replicas": {replica: report.model_dump(exclude={"model"}) for replica, report in seen.items()},

@@ -18,6 +18,7 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from serve import endpoint_state, http_body
+from serve.adapter_uris import AdapterUris
 from serve.api_keys import ApiKey
 from serve.chunks import completion, events
 from serve.desired import Base, Desired, EndpointFiles
@@ -27,7 +28,7 @@ from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
 from serve.parts import Started
-from serve.registration import Registration, register, registrable, withdrawn
+from serve.registration import Registration, from_uri, parse_wanted, register, registrable, withdrawn
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
 from service.domain import ModelRef
@@ -51,8 +52,10 @@ def _resolved(name: str, routes: Routes, headers: Mapping[str, str], about: Mapp
 class Gateway:
     """One replica of it is enough: it only moves bytes."""
 
-    def __init__(self, base: Base, files: EndpointFiles, keys: tuple[ApiKey, ...], engine: Any) -> None:
-        self._base, self._files, self._keys = base, files, keys
+    def __init__(
+        self, base: Base, files: EndpointFiles, keys: tuple[ApiKey, ...], uris: AdapterUris, engine: Any
+    ) -> None:
+        self._base, self._files, self._keys, self._uris = base, files, keys, uris
         self._registry = Registry(files.home)
         self._engine = engine.options(stream=True)
         self._created = int(time.time())
@@ -137,19 +140,16 @@ class Gateway:
 
     @http.put("/v1/adapters/{name:path}")
     async def put_adapter(self, name: str, request: Request) -> Response:
-        """Register a Model under a name, or swap what the name means."""
+        """Register a Model, or the adapter at a URI, under a name, or swap what the name means."""
         http_body.allow(request, self._keys, "admin")
-        body = parse_object(await http_body.read(request))
-        headers = http_body.ignored(request, sorted(set(body) - {"model", "pin"}))
+        wanted = parse_wanted(parse_object(await http_body.read(request)))
+        headers = http_body.ignored(request, wanted.ignored)
         wait = http_body.wait_of(request)
-        model = body.get("model")
-        if not isinstance(model, str):
-            raise RequestError('model: must be a registered model such as "tickets@1".', "model")
-        pin = body.get("pin", False)
-        if not isinstance(pin, bool):
-            raise RequestError("pin: must be true (the adapter stays resident) or false.", "pin")
-        entry = await asyncio.to_thread(registrable, name, model, self._base, self._registry)
-        entry = entry.model_copy(update={"pin": pin})
+        if wanted.uri is None:
+            entry = await asyncio.to_thread(registrable, name, str(wanted.model), self._base, self._registry)
+        else:
+            entry = await asyncio.to_thread(from_uri, name, wanted.uri, wanted.base_model, self._base, self._uris)
+        entry = entry.model_copy(update={"pin": wanted.pin})
         registration = await asyncio.to_thread(register, self._files, {name: entry})
         self._changed_at = time.monotonic()
         if wait is not None:
@@ -276,6 +276,6 @@ class Gateway:
 
     def _read_routes(self) -> tuple[Routes, int]:
         desired = self._files.read()
-        families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values()}
+        families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values() if not entry.source}
         aliases = {family: self._registry.aliases(family) for family in families}
         return Routes(self._base.name, self._base.digest, desired.adapters, aliases, desired.splits), desired.epoch

@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from pydantic import BaseModel, ConfigDict
 
-from service.domain import ModelRef
+from service.domain import FileEntry, ModelRef
 from service.errors import ConfigError, NotFoundError
 from service.registry import DEFAULT_ALIAS
 
@@ -25,9 +25,23 @@ class UnknownModelError(NotFoundError):
     """A requested model name that nothing here answers to."""
 
 
-class Registered(BaseModel):
-    """One entry of the desired state: `model` is a version such as tickets@1, `digest` its identity.
+class Source(BaseModel):
+    """Where an adapter that no registry has lies, and what it was when it was registered: other content is another adapter.
 
+    `base_digest` is that of the base for which it was accepted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    base_digest: str
+    files: dict[str, FileEntry]
+
+
+class Registered(BaseModel):
+    """One entry of the desired state: `digest` is its identity, `model` what answers say of it.
+
+    That is a version such as tickets@1, or for one with a `source`, `label@sha256-` and the first 12 digits of the digest.
     `since` is the epoch of its last PUT: one that was evicted or refused is tried again when it is PUT again. A pinned one
     stays resident.
     """
@@ -38,6 +52,7 @@ class Registered(BaseModel):
     digest: str
     since: int = 0
     pin: bool = False
+    source: Source | None = None
 
 
 class Arm(BaseModel):
@@ -153,6 +168,9 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
             assignment=split.since,
             has_key=key is not None,
         )
+    pinned = next((e for e in routes.labels.values() if e.source and e.model == name), None)
+    if pinned:
+        return Target(name, pinned.digest, by="its content")
     try:
         ref = ModelRef.parse(name)
     except ConfigError:

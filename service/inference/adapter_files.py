@@ -98,6 +98,15 @@ def read_adapter(
     return tensors
 
 
+def declared_rank(directory: Path) -> int:
+    """The largest rank that its config gives any module. ModelError with all that is wrong with the config."""
+    config, problems = _read_config(directory)
+    problems += _config_problems(config)
+    if problems:
+        raise ModelError(f"adapter {directory} cannot be served:\n" + "\n".join(problems))
+    return max(int(rank) for rank in (config["r"], *(config.get("rank_pattern") or {}).values()))
+
+
 def _read_config(directory: Path) -> tuple[dict[str, Any], list[str]]:
     path = directory / "adapter_config.json"
     try:

@@ -155,9 +155,10 @@ class _Directory:
             raise ConfigError(f"{self.uri}/{name} is a link to outside the adapter_roots. Copy the file itself there.")
         with _reported(f"{self.uri}/{name}"):
             descriptor = _open_below(self.root, real.relative_to(self.root).parts)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                os.close(descriptor)
+                raise ModelError(f"{self.uri}/{name} is no regular file. Copy the adapter's files there.")
             with open(descriptor, "rb") as stream:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise ModelError(f"{self.uri}/{name} is no regular file. Copy the adapter's files there.")
                 yield stream
 
 

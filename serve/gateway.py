@@ -204,7 +204,8 @@ class Gateway:
         check_split_name(name, self._base)
         wanted = parse_split(parse_object(await http_body.read(request)))
         headers = http_body.ignored(request, wanted.ignored)
-        arms = await asyncio.to_thread(resolved_arms, wanted, self._base, self._registry)
+        known = (await asyncio.to_thread(self._files.read)).adapters
+        arms = await asyncio.to_thread(resolved_arms, wanted, self._base, self._registry, known)
         desired = await asyncio.to_thread(self._files.change, lambda desired: with_split(desired, name, wanted, arms))
         self._changed_at = time.monotonic()
         return JSONResponse(split_body(name, desired.splits[name]), headers=headers)

@@ -21,6 +21,7 @@ from service.errors import ConfigError, ConflictError, ModelError, NotFoundError
 from service.registry import Registry, model_digest
 
 SHOWN_DIGITS = 12
+_PINNED = "@sha256-"  # before the digits of the digest: twelve of them alone could be a version's number
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,12 @@ def from_uri(label: str, uri: str, base_model: str | None, base: Base, uris: Ada
         raise ModelError(f"{uri} cannot be served here: {'; '.join(problems)}.")
     source = uris.pin(found, base.digest)
     digest = model_digest(source.files)
-    return Registered(model=f"{label}@sha256-{digest[:SHOWN_DIGITS]}", digest=digest, source=source)
+    return Registered(model=f"{label}{_PINNED}{digest[:SHOWN_DIGITS]}", digest=digest, source=source)
+
+
+def is_pinned_name(model: str) -> bool:
+    """Whether this is the name of an adapter from a URI, as answers give it. A version is a number, never that."""
+    return _PINNED in model
 
 
 def is_uri(adapter: str) -> bool:

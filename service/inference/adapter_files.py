@@ -154,7 +154,10 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} is {value!r}: a positive number is wanted.")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
+        if not isinstance(pattern, dict) or not all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > 0
+            for v in pattern.values()
+        ):
             problems.append(f"{key} is {pattern!r}: a mapping from module names to positive numbers is wanted.")
         else:
             problems += _not_literal(key, pattern)

@@ -208,7 +208,7 @@ def _adapters(config: ServeConfig, base: Base, registry: Registry, uris: Adapter
     problems, wanted = [], {}
     for model in config.adapters:
         try:
-            label = default_label(model, registry)
+            label = default_label(model)
             if is_uri(model):
                 wanted[label] = from_uri(label, model, None, base, uris)
             else:

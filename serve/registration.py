@@ -18,7 +18,7 @@ from serve.openai_fields import Fields, is_text, shown
 from serve.routing import Registered
 from service.domain import Manifest, ModelRef, check_name
 from service.errors import ConfigError, ConflictError, ModelError, NotFoundError
-from service.registry import Registry, model_digest
+from service.registry import DEFAULT_ALIAS, Registry, model_digest
 
 SHOWN_DIGITS = 12
 _PINNED = "@sha256-"  # before the digits of the digest: twelve of them alone could be a version's number
@@ -59,8 +59,41 @@ def parse_wanted(raw: Mapping[str, Any]) -> Wanted:
 def registrable(label: str, model: str, base: Base, registry: Registry) -> Registered:
     """The version and digest that `model` means now, or the error that says why `label` cannot have it."""
     entry = servable(model, base, registry)
-    _check_label(label, ModelRef.parse(entry.model), base)
-    return entry
+    asked, ref = ModelRef.parse(model), ModelRef.parse(entry.model)
+    alias = None if asked.version else f"{asked.family}@{asked.alias or DEFAULT_ALIAS}"
+    _check_label(label, ref, alias, base)
+    return entry.model_copy(update={"follows": None if label == str(ref) else alias})
+
+
+def follow(
+    files: EndpointFiles, desired: Desired, aliases: Mapping[str, Mapping[str, int]], base: Base, registry: Registry
+) -> tuple[Desired, dict[str, str]]:
+    """The desired state once every label has what its alias points at now; by label, why some keep what they have.
+
+    `aliases` is what the registry says (family -> alias -> version). An alias that was deleted moves nobody.
+    """
+    moved, behind = {}, {}
+    for label, entry in desired.adapters.items():
+        ref = ModelRef.parse(entry.follows or entry.model)
+        version = aliases.get(ref.family, {}).get(ref.alias or "")
+        if entry.follows is None or version is None or entry.model == str(ref.at(version)):
+            continue
+        try:
+            now = servable(str(ref.at(version)), base, registry)
+        except (ModelError, NotFoundError) as error:
+            behind[label] = f"{entry.follows} has moved, and it stays with {entry.model}: {error}"
+        else:
+            moved[label] = (entry, entry.model_copy(update={"model": now.model, "digest": now.digest}))
+
+    def with_moved(current: Desired) -> Desired:
+        new = {
+            label: after.model_copy(update={"since": current.epoch})
+            for label, (before, after) in moved.items()
+            if current.adapters.get(label) == before  # or somebody has changed it since
+        }
+        return current.model_copy(update={"adapters": {**current.adapters, **new}})
+
+    return (files.change(with_moved) if moved else desired), behind
 
 
 def servable(model: str, base: Base, registry: Registry) -> Registered:
@@ -97,15 +130,15 @@ def is_uri(adapter: str) -> bool:
     return "://" in adapter or adapter.startswith("/")
 
 
-def default_label(model: str, registry: Registry) -> str:
-    """The label of an adapter from the serve file: a bare name as it is, else the version that is meant; a URI's last part.
+def default_label(model: str) -> str:
+    """The label of an adapter from the serve file: the name of a model as it is written, a URI's last part.
 
-    tickets@canary and tickets@production are two adapters then; a request finds either by its alias.
+    tickets@canary and tickets@production are two adapters, and each follows its alias.
     """
     if is_uri(model):
         return model.rstrip("/").rpartition("/")[2]
     ref = ModelRef.parse(model)
-    return ref.family if ref.selector is None else str(registry.resolve(ref))
+    return str(ref if ref.version is None else ref.at(ref.version))
 
 
 @dataclass(frozen=True)
@@ -196,10 +229,10 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-def _check_label(label: str, ref: ModelRef, base: Base) -> None:
+def _check_label(label: str, ref: ModelRef, alias: str | None, base: Base) -> None:
     if label == base.name:
         raise ConflictError(f"{label!r} is the base model's own name. Register the adapter under another one.")
-    if label in (str(ref), ref.family):
+    if label in (str(ref), ref.family, alias):
         return
     if "@" in label or "/" in label:
         raise ConfigError(

@@ -293,7 +293,7 @@ def test_a_manifest_decides_on_the_base_before_any_name(root: Path, tmp_path: Pa
         "one", root / "one", DRAFT.model_copy(update={"base_digest": "f" * 64, "renderer_digest": "e" * 64})
     )
     (root / "one" / "manifest.json").write_text(foreign.model_dump_json())
-    with pytest.raises(ModelError, match="f{12}.*e{12}"):
+    with pytest.raises(ModelError, match=r"f{12}.*e{12}"):
         from_uri("one", str(root / "one"), BASE.name, BASE, AdapterUris((str(root),)))
 
 

@@ -52,6 +52,7 @@ class AdapterSync:
         self._table = AdapterTable(engine.max_columns)
         self._lock = threading.Lock()
         self._running = 0
+        self._away = False  # the store did not answer this step's question
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -179,8 +180,10 @@ class AdapterSync:
         except StorageError as error:  # what is known goes on: turns, and loads from this node's cache
             if self._table.epoch < 0:
                 raise
+            self._away = True
             _log.warning("no news of the adapters, the store does not answer: %s", error)
         else:
+            self._away = False
             with self._lock:
                 self._table.want(desired.epoch, desired.adapters)
         self._notify()
@@ -190,9 +193,11 @@ class AdapterSync:
             if action is None or not self._carry_out(action):
                 break
             self._notify()
-            self._publish()
+            if not self._away:
+                self._publish()
         self._notify()
-        self._publish()
+        if not self._away:  # the heartbeat goes on trying
+            self._publish()
 
     def _notify(self) -> None:
         """Let waiting requests look again."""
@@ -246,16 +251,13 @@ class AdapterSync:
                 self._table.fetched(action.digest, rank)
 
     def _copy(self, digest: str, model: str, source: Source | None) -> Path:
-        """A verified copy on this node: the one it has, where no store answers. Raises what registry or URI raise."""
-        try:
-            if source is None:
-                return self._registry.fetch(ModelRef.parse(model), self._cache)
-            return self._uris.fetch(source, self._cache)
-        except StorageError:
-            copied = self._cache / "adapters" / digest
-            if not copied.is_dir():
-                raise
+        """A verified copy on this node: the one it has, while no store answers. Raises what registry or URI raise."""
+        copied = self._cache / "adapters" / digest
+        if self._away and copied.is_dir():
             return copied
+        if source is None:
+            return self._registry.fetch(ModelRef.parse(model), self._cache)
+        return self._uris.fetch(source, self._cache)
 
     def _mismatch(self, wanted: str, found: str, base: str) -> str:
         if wanted != found:

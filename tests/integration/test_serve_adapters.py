@@ -21,6 +21,7 @@ from serve.registration import from_uri, register
 from serve.routing import Registered
 from service.config import ServeConfig
 from service.domain import ModelRef
+from service.errors import ConfigError
 from service.registry import ManifestDraft, Registry
 from service.render import load_renderer
 from service.settings import Settings
@@ -167,7 +168,7 @@ def test_unknown_parts_of_a_put_are_named(endpoint: Endpoint) -> None:
 
 
 def test_the_serve_files_adapters_have_a_label_each_and_nothing_is_written_by_looking(
-    config: ServeConfig, registry: Registry, settings: Settings
+    config: ServeConfig, registry: Registry, settings: Settings, adapter_root: Path
 ) -> None:
     from serve.app import prepare
 
@@ -177,13 +178,19 @@ def test_the_serve_files_adapters_have_a_label_each_and_nothing_is_written_by_lo
     values = {
         **config.model_dump(by_alias=True),
         "endpoint": "other",
-        "adapters": ("red@production", "red@canary", "blue"),
+        "adapters": ("red@production", "red@canary", "blue", f"{adapter_root}/wide4/"),
     }
     prepared = prepare(ServeConfig.model_validate(values), settings)
     models = {label: entry.model for label, entry in prepared.adapters.items()}
-    assert models == {"red@production": "red@1", "red@canary": "red@2", "blue": "blue@1"}
+    pinned = f"wide4@sha256-{prepared.adapters['wide4'].digest[:12]}"
+    assert models == {"red@production": "red@1", "red@canary": "red@2", "blue": "blue@1", "wide4": pinned}
     assert prepared.adapters["blue"].digest == registry.manifest(ModelRef.parse("blue@1")).digest
     assert prepared.files.read().epoch == 0
+    for roots in (("nowhere", "s3://a/../b"), ()):
+        with pytest.raises(ConfigError) as caught:
+            prepare(ServeConfig.model_validate({**values, "adapter_roots": roots}), settings)
+        said = ["'nowhere' is no directory", "is no plain key"] if roots else ["adapter_roots in the serve file"]
+        assert all(one in str(caught.value) for one in said)
 
 
 def test_a_registration_taken_back_leaves_what_was_there_and_what_others_wrote_since(tmp_path: Path) -> None:

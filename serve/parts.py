@@ -10,11 +10,12 @@ from service.inference.engine import Chunk, FinishReason, TokenLogprob
 
 @dataclass(frozen=True)
 class Started:
-    """The first thing that is sent. `num_prompt_tokens` is over all prompts, each counted once."""
+    """Who answers. `num_prompt_tokens` is over all prompts, each counted once; `echoed` are the prompts, where asked for."""
 
     model: str
     digest: str
     num_prompt_tokens: int
+    echoed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ _PREFIX = "loray-"
 # Reservations, not limits: gateway and engine fit on a machine of 1 CPU, and PyTorch takes `engine.threads` of them.
 _GATEWAY_CPUS = 0.1
 _ENGINE_CPUS = 0.5
-_MAX_GATEWAYS = 8
+_GATEWAYS = 1  # each has a stream to a replica, which Serve counts as a request
 _START_LIMIT_S = 1800.0  # reading a 70B model from a network disk
 _ROUTE_LIMIT_S = 60.0
 _PORT_LIMIT_S = 30.0
@@ -159,7 +159,7 @@ def prepare(config: ServeConfig, settings: Settings) -> Prepared:
 def application(prepared: Prepared) -> ray_serve.Application:
     """The two deployments, bound. Limits are explicit: what exceeds them is answered 429, not queued for ever."""
     config, slots = prepared.config, prepared.config.engine.slots
-    num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.max_replicas else 0
+    num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.min_replicas else 0
     engine = ray_serve.deployment(
         name="Engine",
         **_scale(config),
@@ -168,8 +168,8 @@ def application(prepared: Prepared) -> ray_serve.Application:
             "num_gpus": num_gpus,
             "runtime_env": {"env_vars": launcher.ALLOCATOR},
         },
-        # The engine batches `slots` of them; the next, of every adapter, are at hand. Gateways' streams count, too.
-        max_ongoing_requests=8 * slots + _MAX_GATEWAYS,
+        # The engine batches `slots` of them; the next, of every adapter, are at hand.
+        max_ongoing_requests=8 * slots + _GATEWAYS,
         request_router_config=RequestRouterConfig(
             request_router_class=EngineRouter, request_routing_stats_period_s=STATS_EVERY_S
         ),
@@ -204,7 +204,7 @@ def _scale(config: ServeConfig) -> dict[str, Any]:
     scaling = AutoscalingConfig(
         min_replicas=wanted.min,
         max_replicas=wanted.max,
-        target_ongoing_requests=wanted.ongoing or config.engine.slots,
+        target_ongoing_requests=(wanted.ongoing or config.engine.slots) + _GATEWAYS,
         upscale_delay_s=wanted.upscale_delay_s,
         downscale_delay_s=wanted.downscale_delay_s,
     )

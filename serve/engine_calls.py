@@ -2,7 +2,7 @@
 
 The call stays open while its request runs, so that Ray Serve counts it, carries its errors, and cancels it; what the
 request says comes on the stream of the replica that took it (`outbox.py`). A replica that has no stream to this gateway
-says so at once, with its name: the gateway opens one and asks that replica again.
+says so at once: the gateway opens one and asks again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import RequestCancelledError
 
 from serve.openai_api import Ask
+from serve.outbox import IDLE_S
 from serve.parts import Part, Started
 from serve.routing import Target
 from service.errors import ClusterError
 
 MAX_TRIES = 5  # replicas that say they have no stream, for one request
+SILENCE_S = 3 * IDLE_S  # a replica with requests is never silent for longer than IDLE_S: its node is gone
 LAST_PARTS_S = 30.0  # between the end of a call and the last parts, on their way through the stream
 _log = logging.getLogger(__name__)
 
@@ -32,6 +34,7 @@ class Answering:
 
     def __init__(self, num_prompts: int, n: int) -> None:
         self.started: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+        self.replica: str | None = None  # the one that answers
         self.call: Any = None
         self.task: asyncio.Task[None] | None = None
         self.is_whole = asyncio.Event()  # every part is here
@@ -77,10 +80,10 @@ class Answering:
 
     async def __anext__(self) -> Part:
         while not self._parts:
-            if self._error is not None:
-                raise self._error
             if not self._open:
                 raise StopAsyncIteration
+            if self._error is not None:
+                raise self._error
             self._news.clear()
             await self._news.wait()
         return self._parts.pop(next(iter(self._parts)))
@@ -99,7 +102,7 @@ class EngineCalls:
     """The engine deployment as this gateway calls it. Belongs to one event loop."""
 
     def __init__(self, handle: Any) -> None:
-        self._handle, self._streaming = handle, handle.options(stream=True)
+        self._handle = handle.options(stream=True)
         self._gateway = secrets.token_hex(8)
         self._answering: dict[str, Answering] = {}
         self._streams: dict[str, _Stream] = {}  # by replica
@@ -122,27 +125,30 @@ class EngineCalls:
         try:
             for _ in range(MAX_TRIES):
                 known = self._num_streams
-                answering.call = self._handle.generate.remote(self._gateway, request, ask, target, epoch, replica)
-                replica = await answering.call
-                if replica is None:
-                    async with asyncio.timeout(LAST_PARTS_S):
-                        await answering.is_whole.wait()
-                    return
+                call = self._handle.generate.remote(self._gateway, request, ask, target, epoch, replica)
+                answering.call = call
+                taken = await anext(call)
+                if taken.is_heard:
+                    answering.replica = taken.replica
+                    async for _ in call:  # says no more, and ends with the request
+                        pass
+                    return await _last_parts(answering)
+                replica = taken.replica
                 await self._open(replica, known)
             raise ClusterError("no replica of the engine could be heard. Try again in some seconds.")
-        except (RequestCancelledError, TaskCancelledError):  # this gateway's own wish has ended the task already
-            answering.fail(ClusterError("the engine gave the request up, it could not be heard. Send it again."))
-        except TimeoutError:
-            answering.fail(ClusterError("the end of the answer was lost on its way. Send the request again."))
+        except (asyncio.CancelledError, RequestCancelledError, TaskCancelledError):
+            answering.fail(ClusterError("the engine gave the request up: it was not heard. Send it again."))
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
         except Exception as error:
             answering.fail(error)
         finally:
             del self._answering[request]
 
     async def _open(self, replica: str, known: int) -> None:
-        """Read the replica's stream from now on, unless another request has opened one after `known`."""
+        """Read the replica's stream from now on, unless another request is opening it, or has after `known`."""
         stream = self._streams.get(replica)
-        if stream is None or stream.number <= known:
+        if stream is None or (stream.number <= known and stream.has_begun.is_set()):
             self._num_streams += 1
             stream = self._streams[replica] = _Stream(self._num_streams)
             # In a context of its own: Serve would end it with the request that happened to open it.
@@ -150,15 +156,42 @@ class EngineCalls:
         await stream.has_begun.wait()
 
     async def _read(self, replica: str, stream: _Stream) -> None:
+        batches = self._handle.stream.remote(self._gateway, replica)
+        reason = "it has ended"
         try:
-            async for batch in self._streaming.stream.remote(self._gateway, replica):
+            while True:
+                async with asyncio.timeout(SILENCE_S if stream.has_begun.is_set() else None):
+                    batch = await anext(batches)
                 stream.has_begun.set()
                 for request, message in batch:
                     if request in self._answering:
                         self._answering[request].take(message)
-        except Exception as error:  # the calls of its requests fail by themselves, with the reason
-            _log.warning("the stream of replica %s has ended: %s", replica, error)
+        except StopAsyncIteration:
+            pass
+        except TimeoutError:
+            reason = f"nothing came for {SILENCE_S:g} s"
+        except Exception as error:
+            reason = str(error)
         finally:
+            batches.cancel()
             stream.has_begun.set()
             if self._streams.get(replica) is stream:
                 del self._streams[replica]
+                self._give_up(replica, reason)
+
+    def _give_up(self, replica: str, reason: str) -> None:
+        """The replica is not heard any more: what it has not finished saying has failed."""
+        lost = [one for one in self._answering.values() if one.replica == replica and not one.is_whole.is_set()]
+        if lost:
+            _log.warning("%d requests are lost with the stream of replica %s: %s", len(lost), replica, reason)
+        for answering in lost:
+            answering.fail(ClusterError("the engine's replica was lost while it answered. Send the request again."))
+            answering.cancel()
+
+
+async def _last_parts(answering: Answering) -> None:
+    try:
+        async with asyncio.timeout(LAST_PARTS_S):
+            await answering.is_whole.wait()
+    except TimeoutError:
+        raise ClusterError("the end of the answer was lost on its way. Send the request again.") from None

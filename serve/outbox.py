@@ -1,8 +1,8 @@
 """What an engine replica has to say, gathered by gateway: one long-lived stream to each carries the parts of all requests.
 
 A message between processes costs more than a token of a small model: a step of 16 rows makes one instead of 16. A
-stream ends by itself once no request has been in flight for IDLE_S, so that it holds up no shutdown; the next request
-is told so and opens one again (`engine_calls.py`). No Ray here.
+stream ends by itself once no request has been in flight for IDLE_S, so that a replica that is to go can go; the next
+request is told so and opens one again (`engine_calls.py`). No Ray here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from serve.parts import Part, Started
 
-IDLE_S = 2.0
+IDLE_S = 10.0
 GATHER_S = 0.002  # a step's rows speak one after the other, within this time
 
 Batch = list[tuple[str, Started | Part]]  # what was said, by request
@@ -33,7 +33,7 @@ class Outbox:
         self.is_read = False
 
     def put(self, request: str, message: Started | Part) -> None:
-        """Say something; parts of one answer that nobody has read yet become one."""
+        """Say something; parts of one answer that no batch has taken yet become one."""
         key = (request, message.choice if isinstance(message, Part) else -1)
         with self._lock:
             first, before = not self._said, self._said.get(key)
@@ -54,7 +54,10 @@ class Outbox:
             self._requests.discard(task)
 
     async def batches(self) -> AsyncGenerator[Batch]:
-        """First an empty batch, then all that is said, as it comes. Ends when idle, or when another reader has come."""
+        """First an empty batch, then all that is said, as it comes; an empty one when nothing is for IDLE_S.
+
+        Ends instead when no request is in flight then, or when another reader has come.
+        """
         self._reader += 1
         mine, self.is_read = self._reader, True
         try:
@@ -66,6 +69,7 @@ class Outbox:
                 except TimeoutError:
                     if not self._requests and not self._said:
                         return
+                    yield []
                     continue
                 await asyncio.sleep(GATHER_S)
                 if mine == self._reader:

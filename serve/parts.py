@@ -19,6 +19,14 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Which replica has a request, and whether it answers: one that its gateway does not hear yet leaves it be."""
+
+    replica: str
+    is_heard: bool
+
+
+@dataclass(frozen=True)
 class Scored:
     """A token with its natural log-probability (None: nothing stands before it) and the likeliest ones in its place."""
 

@@ -24,7 +24,7 @@ from serve.adapter_uris import AdapterUris
 from serve.desired import Base, EndpointFiles
 from serve.openai_api import Ask, Prompt
 from serve.outbox import Batch, Outboxes
-from serve.parts import Part, Started, part_of
+from serve.parts import Part, Started, Taken, part_of
 from serve.routing import Target
 from service.base_models import resolve_base_model
 from service.config import EngineBlock
@@ -82,18 +82,19 @@ class EngineReplica:
 
     async def generate(
         self, gateway: str, request: str, ask: Ask, target: Target, epoch: int, replica: str | None
-    ) -> str | None:
-        """Answer a request; returns when its last part is on the gateway's stream. Raises what is wrong with the request.
+    ) -> AsyncIterator[Taken]:
+        """`Taken`; ends when the request's last part is on the gateway's stream. Raises what is wrong with the request.
 
-        A gateway that reads no stream of this replica gets the replica's name at once instead: it opens one and asks
-        `replica` again (`engine_router.py` keeps to that).
+        A gateway that reads no stream of this replica opens one and asks again, for this `replica`: the router (see
+        `engine_router.py`) keeps to it if it can, nothing here depends on that.
         """
         outbox = self._outboxes.of(gateway)
         if outbox is None:
-            return self._name
+            yield Taken(self._name, is_heard=False)
+            return
         with outbox.request():
+            yield Taken(self._name, is_heard=True)
             await self._answer(ask, target, epoch, functools.partial(outbox.put, request))
-        return None
 
     async def _answer(self, ask: Ask, target: Target, epoch: int, say: Callable[[Started | Part], None]) -> None:
         """Say `Started` and all parts of the answers. Errors of the request are raised before anything is said."""

@@ -40,6 +40,7 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # answers with log-probabilities are larger than 4 MiB
 }
 NO_WAIT = "scale.wait_s=0"  # what `--no-wait` stands for
 STOP_WAIT_S = 120  # between SIGTERM and SIGKILL: time for a checkpoint

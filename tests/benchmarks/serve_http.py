@@ -15,6 +15,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import re
 import socket
 import statistics
 import tempfile
@@ -50,26 +51,25 @@ def question(row: int) -> str:
 
 
 async def streamed(port: int, body: bytes, gaps: list[float]) -> int:
-    """One answer: the number of its events that carry text."""
+    """One answer: its number of tokens."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = (
         "POST /v1/chat/completions HTTP/1.1", "host: 127.0.0.1", "content-type: application/json",
         f"content-length: {len(body)}", "connection: close", "", "",
     )  # fmt: skip
     writer.write("\r\n".join(head).encode() + body)
-    last, events, seen = 0.0, 0, b""
+    last, blocks = 0.0, []
     while block := await reader.read(65536):
         now = time.perf_counter()
-        seen = seen[-16:] + block
-        texts = block.count(b'"content": "') - block.count(b'"content": ""')
-        if texts and last:
-            gaps.append(now - last)
-        if texts:
+        blocks.append(block)
+        if block.count(b'"content": "') > block.count(b'"content": ""'):
+            if last:
+                gaps.append(now - last)
             last = now
-        events += texts
     writer.close()
-    assert b"[DONE]" in seen, seen
-    return events
+    found = re.search(rb'"completion_tokens": (\d+)', b"".join(blocks))
+    assert found, b"".join(blocks)
+    return int(found[1])
 
 
 async def http_arm(port: int, name: str) -> Streams:
@@ -78,15 +78,16 @@ async def http_arm(port: int, name: str) -> Streams:
         json.dumps(
             {
                 "model": name, "messages": [{"role": "user", "content": question(row)}], "max_tokens": NEW,
-                "temperature": 0, "stream": True, "ignore_eos": True,
+                "temperature": 0, "stream": True, "ignore_eos": True, "stream_options": {"include_usage": True},
             }
         ).encode()
         for row in range(ROWS)
     ]  # fmt: skip
     gaps: list[float] = []
     began = time.perf_counter()
-    await asyncio.gather(*(streamed(port, body, gaps) for body in bodies))
-    return Streams(ROWS * NEW, time.perf_counter() - began, max(gaps))
+    tokens = sum(await asyncio.gather(*(streamed(port, body, gaps) for body in bodies)))
+    assert tokens == ROWS * NEW
+    return Streams(tokens, time.perf_counter() - began, max(gaps))
 
 
 def engine_arm(engine: TorchEngine, prompts: list[tuple[int, ...]]) -> Streams:
@@ -183,7 +184,7 @@ def main() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    block = {"slots": ROWS, "max_context": 512, "threads": given.threads}
+    block = {"slots": ROWS, "max_context": 512, "threads": given.threads, "prefix_bytes": 0}
     config = ServeConfig.model_validate({"model": given.base, "endpoint": "bench", "port": port, "engine": block})
     with tempfile.TemporaryDirectory() as home:
         base = resolve_base_model(given.base, settings.cache, None)

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import openai
@@ -64,11 +63,13 @@ def deployed(
     assert done.returncode == 0, done.stdout + done.stderr
     url = f"http://127.0.0.1:{port}"
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
-    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
-        wait_longer(lambda: _answers(http), f"the endpoint at {url} answers", SCALING_S)
-        yield Endpoint(url, http, client, registry, settings)
-    command = [serve, "shutdown", "--yes", "--address", ray_dashboard]
-    subprocess.run(command, env=dict(os.environ), cwd=ROOT, capture_output=True, timeout=120, check=True)
+    try:
+        with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
+            wait_longer(lambda: _answers(http), f"the endpoint at {url} answers", SCALING_S)
+            yield Endpoint(url, http, client, registry, settings)
+    finally:
+        command = [serve, "shutdown", "--yes", "--address", ray_dashboard]
+        subprocess.run(command, env=dict(os.environ), cwd=ROOT, capture_output=True, timeout=120, check=True)
 
 
 def _answers(http: httpx.Client) -> bool:
@@ -88,23 +89,24 @@ def test_replicas_come_and_go_with_the_load_and_no_request_notices(deployed: End
     wait_until(lambda: _states(deployed) == ["resident"], "red is resident on the only replica")
     expected = deployed.ask("red@1", max_tokens=100)
     assert expected != deployed.ask("base", max_tokens=100)
-    enough = threading.Event()
+    busy, done = threading.Event(), threading.Event()
 
-    def client(number: int) -> int:
+    def client(until: threading.Event) -> int:
         answered = 0
-        while not enough.is_set():
-            body: Any = {"ignore_eos": True} if number % 2 else {}
-            text = deployed.ask("red@1", max_tokens=100, extra_body=body)
-            assert text.startswith(expected[:20])
+        while not until.is_set():
+            assert deployed.ask("red@1", max_tokens=100) == expected
             answered += 1
         return answered
 
     with ThreadPoolExecutor(8) as pool:
-        clients = [pool.submit(client, number) for number in range(8)]
+        quiet = pool.submit(client, done)  # is there when the second replica goes
+        clients = [pool.submit(client, busy) for _ in range(7)]
         try:
             wait_longer(lambda: _states(deployed) == ["resident"] * 2, "a second replica has red", SCALING_S)
+            busy.set()
+            wait_longer(lambda: len(_states(deployed)) == 1, "one replica is left", SCALING_S)
         finally:
-            enough.set()
-        assert all(one.result() > 0 for one in clients)
-    wait_longer(lambda: len(_states(deployed)) == 1, "one replica is left", SCALING_S)
+            busy.set()
+            done.set()
+        assert all(one.result() > 0 for one in (quiet, *clients))
     assert deployed.ask("red@1", max_tokens=100) == expected

@@ -14,13 +14,14 @@ import threading
 import time
 from pathlib import Path
 
+from serve.adapter_uris import AdapterUris
 from serve.adapters import Action, AdapterTable, Fetch, Load
 from serve.desired import HEARTBEAT_EVERY_S, AdapterReport, EndpointFiles, ReplicaReport
-from serve.routing import Target
+from serve.routing import Source, Target
 from service.domain import ModelRef
 from service.errors import ClusterError, ConflictError, LorayError, StorageError
 from service.inference.engine import Engine
-from service.registry import Registry
+from service.registry import Registry, model_digest
 
 POLL_EVERY_S = 1.0
 # A request waits this long for its adapter: a cold fetch of some 100 MB from an object store, with a margin.
@@ -42,14 +43,16 @@ class AdapterSync:
         base_digest: str,
         replica: str,
         cache: Path,
+        uris: AdapterUris = AdapterUris(),  # noqa: B008  frozen; it allows none
         heartbeat_every_s: float = HEARTBEAT_EVERY_S,
     ) -> None:
-        self._engine, self._files, self._cache = engine, files, cache
+        self._engine, self._files, self._cache, self._uris = engine, files, cache, uris
         self._registry = Registry(files.home)
         self._base_digest, self._replica = base_digest, replica
         self._table = AdapterTable(engine.max_columns)
         self._lock = threading.Lock()
         self._running = 0
+        self._away = False  # the store did not answer this step's question
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -182,8 +185,10 @@ class AdapterSync:
         except StorageError as error:  # what is known goes on: turns, and loads from this node's cache
             if self._table.epoch < 0:
                 raise
+            self._away = True
             _log.warning("no news of the adapters, the store does not answer: %s", error)
         else:
+            self._away = False
             with self._lock:
                 self._table.want(desired.epoch, desired.adapters)
         self._notify()
@@ -193,9 +198,11 @@ class AdapterSync:
             if action is None or not self._carry_out(action):
                 break
             self._notify()
-            self._publish()
+            if not self._away:
+                self._publish()
         self._notify()
-        self._publish()
+        if not self._away:  # the heartbeat goes on trying
+            self._publish()
 
     def _notify(self) -> None:
         """Let waiting requests look again."""
@@ -224,12 +231,17 @@ class AdapterSync:
         return True
 
     def _fetch(self, action: Fetch) -> None:
+        problem, rank = "", 0
         try:
-            ref = ModelRef.parse(action.model)
-            manifest = self._registry.manifest(ref)
-            problem = self._mismatch(action.digest, manifest.digest, manifest.base_digest)
+            if action.source is None:
+                manifest = self._registry.manifest(ModelRef.parse(action.model))
+                found, base, rank = manifest.digest, manifest.base_digest, manifest.rank
+            else:
+                found, base = model_digest(action.source.files), action.source.base_digest
+            problem = self._mismatch(action.digest, found, base)
             if not problem:
-                self._registry.fetch(ref, self._cache)
+                directory = self._copy(action.digest, action.model, action.source)
+                rank = rank or _declared_rank(directory)
         except StorageError as error:
             _log.warning("adapter %s cannot be fetched yet: %s", action.model, error)
             with self._lock:
@@ -241,7 +253,16 @@ class AdapterSync:
             if problem:
                 self._table.refuse(action.digest, problem)
             else:
-                self._table.fetched(action.digest, manifest.rank)
+                self._table.fetched(action.digest, rank)
+
+    def _copy(self, digest: str, model: str, source: Source | None) -> Path:
+        """A verified copy on this node: the one it has, while no store answers. Raises what registry or URI raise."""
+        copied = self._cache / "adapters" / digest
+        if self._away and copied.is_dir():
+            return copied
+        if source is None:
+            return self._registry.fetch(ModelRef.parse(model), self._cache)
+        return self._uris.fetch(source, self._cache)
 
     def _mismatch(self, wanted: str, found: str, base: str) -> str:
         if wanted != found:
@@ -252,9 +273,10 @@ class AdapterSync:
 
     def _load(self, digest: str) -> None:
         with self._lock:
-            model = self._table.adapters[digest].model
+            adapter = self._table.adapters[digest]
+            model, source = adapter.model, adapter.source
         try:
-            info = self._engine.load_adapter(digest, self._registry.fetch(ModelRef.parse(model), self._cache))
+            info = self._engine.load_adapter(digest, self._copy(digest, model, source))
         except (ConflictError, StorageError) as error:
             with self._lock:
                 self._table.short(digest, str(error))
@@ -305,6 +327,13 @@ class AdapterSync:
             serving=serving,
             adapters=adapters,
         )
+
+
+def _declared_rank(directory: Path) -> int:
+    """The columns that an adapter without a manifest needs; ModelError for what cannot be served whatever its tensors are."""
+    from service.inference.adapter_files import declared_rank  # imports torch, which only the engine's process has
+
+    return declared_rank(directory)
 
 
 def _reason(error: Exception, model: str) -> str:

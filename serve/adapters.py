@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from serve.routing import Registered
+from serve.routing import Registered, Source
 from service.domain import ModelRef
 from service.errors import ConflictError, ModelError, NotFoundError
 
@@ -41,6 +41,7 @@ class Adapter:
 
     digest: str
     model: str
+    source: Source | None = None  # None: the registry has it
     wanted: bool = True
     cached: bool = False
     resident: bool = False
@@ -84,10 +85,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Fetch:
-    """Bring the files of `model` to this node; then call `fetched` or `refuse`."""
+    """Bring the files of `model` to this node, from its source or else the registry; then call `fetched` or `refuse`."""
 
     digest: str
     model: str
+    source: Source | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,10 @@ class AdapterTable:
             if new is not None and new.digest != old.digest and self._is_available(old.digest):
                 self._previous[label] = old
         self.epoch, self._labels = epoch, dict(labels)
-        for entry in labels.values():
+        # Of two entries with the same content, the registry's is the one to fetch: it does not change.
+        for entry in sorted(labels.values(), key=lambda entry: entry.source is None):
             adapter = self.adapters.setdefault(entry.digest, Adapter(entry.digest, entry.model))
+            adapter.model, adapter.source = entry.model, entry.source
             if entry.since > adapter.since:
                 adapter.since, adapter.refusal, adapter.fresh = entry.since, "", not adapter.resident
         pins = {entry.digest for entry in labels.values() if entry.pin}
@@ -186,7 +190,7 @@ class AdapterTable:
         for adapter in self._to_load():
             if not adapter.cached:
                 if not adapter.shortage:
-                    return Fetch(adapter.digest, adapter.model)
+                    return Fetch(adapter.digest, adapter.model, adapter.source)
                 continue
             action = self._make_room(adapter, free_columns, now_s)
             if action:

@@ -26,11 +26,12 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRoute
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
+from serve.adapter_uris import AdapterUris, checked_root
 from serve.api_keys import VARIABLE, ApiKey, load_keys
 from serve.desired import Base, EndpointFiles
 from serve.engine_router import STATS_EVERY_S, EngineRouter
 from serve.gateway import Gateway
-from serve.registration import default_label, register, registrable
+from serve.registration import default_label, from_uri, is_uri, register, registrable
 from serve.replica import EngineReplica
 from serve.routing import Registered
 from service import launcher
@@ -66,6 +67,7 @@ class Prepared:
     files: EndpointFiles
     adapters: dict[str, Registered]
     keys: tuple[ApiKey, ...]
+    uris: AdapterUris
 
 
 def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
@@ -150,7 +152,8 @@ def prepare(config: ServeConfig, settings: Settings) -> Prepared:
         renderer_digest=load_renderer(resolved.path, template).digest,
     )
     files = EndpointFiles(settings.home, config.endpoint)
-    return Prepared(config, settings, base, files, _adapters(config, base, Registry(settings.home)), keys)
+    uris = AdapterUris(_roots(config), config.adapter_max_bytes)
+    return Prepared(config, settings, base, files, _adapters(config, base, Registry(settings.home), uris), keys, uris)
 
 
 def application(prepared: Prepared) -> ray_serve.Application:
@@ -188,9 +191,9 @@ def application(prepared: Prepared) -> ray_serve.Application:
         logging_config=_QUIET,
     )(Gateway)
     replicas = engine.bind(
-        prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine
+        prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine, prepared.uris
     )
-    return gateway.bind(prepared.base, prepared.files, prepared.keys, replicas)
+    return gateway.bind(prepared.base, prepared.files, prepared.keys, prepared.uris, replicas)
 
 
 def _scale(config: ServeConfig) -> dict[str, Any]:
@@ -208,13 +211,29 @@ def _scale(config: ServeConfig) -> dict[str, Any]:
     return {"autoscaling_config": scaling}
 
 
-def _adapters(config: ServeConfig, base: Base, registry: Registry) -> dict[str, Registered]:
+def _roots(config: ServeConfig) -> tuple[str, ...]:
+    """The config's adapter roots, absolute, or ConfigError with all that is wrong with them."""
+    problems, roots = [], []
+    for root in config.adapter_roots:
+        try:
+            roots.append(checked_root(root))
+        except LorayError as error:
+            problems.append(f"adapter_roots: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return tuple(roots)
+
+
+def _adapters(config: ServeConfig, base: Base, registry: Registry, uris: AdapterUris) -> dict[str, Registered]:
     """The config's adapters by label, or ConfigError with all that is wrong with them."""
     problems, wanted = [], {}
     for model in config.adapters:
         try:
-            label = default_label(model, registry)
-            wanted[label] = registrable(label, model, base, registry)
+            label = default_label(model)
+            if is_uri(model):
+                wanted[label] = from_uri(label, model, None, base, uris)
+            else:
+                wanted[label] = registrable(label, model, base, registry)
         except LorayError as error:
             problems.append(f"  adapters: {error}")
     if problems:

@@ -7,7 +7,7 @@ values is decided in `routing.py` and `adapters.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -124,7 +124,7 @@ class EndpointFiles:
 
     def live_reports(self, now_s: float) -> list[ReplicaReport]:
         """The state of the replicas whose heart still beats."""
-        return [r for r in self.reports() if now_s - r.heartbeat_at < HEARTBEAT_LIMIT_S]
+        return live(self.reports(), now_s)
 
     @property
     def _desired(self) -> str:
@@ -139,6 +139,11 @@ class EndpointFiles:
         except NotFoundError:
             return Desired(), None
         return _parsed(Desired, data, self._desired), tag
+
+
+def live(reports: Sequence[ReplicaReport], now_s: float) -> list[ReplicaReport]:
+    """Those of which the heart still beat at this time."""
+    return [report for report in reports if now_s - report.heartbeat_at < HEARTBEAT_LIMIT_S]
 
 
 ContentT = TypeVar("ContentT", bound=BaseModel)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve.desired import AdapterReport, Desired, ReplicaReport
@@ -11,13 +11,20 @@ from serve.desired import AdapterReport, Desired, ReplicaReport
 _WORST_FIRST = ("refused", "pending", "registered", "cached", "draining", "resident")
 
 
-def adapters_body(desired: Desired, reports: Sequence[ReplicaReport]) -> dict[str, Any]:
-    """Registered adapters by name, then those that only drain (their name is null)."""
+def adapters_body(
+    desired: Desired, reports: Sequence[ReplicaReport], behind: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Registered adapters by name, then those that only drain (their name is null).
+
+    `behind` says of names why they have not followed their alias.
+    """
     data = []
     for label, entry in sorted(desired.adapters.items()):
         row = _row(label, entry.model, entry.digest, reports)
+        row["uri"], row["follows"] = entry.source.uri if entry.source else None, entry.follows
+        row["detail"] = row["detail"] or (behind or {}).get(label, "")
         serving = {r.serving[label] for r in reports if label in r.serving}
-        row["serving"] = sorted(_model_of(digest, reports) for digest in serving)
+        row["serving"] = sorted(entry.model if d == entry.digest else _model_of(d, reports) for d in serving)
         data.append(row)
     registered = {entry.digest for entry in desired.adapters.values()}
     others = {digest: a.model for r in reports for digest, a in r.adapters.items() if digest not in registered}
@@ -40,6 +47,8 @@ def _row(name: str | None, model: str, digest: str, reports: Sequence[ReplicaRep
         "name": name,
         "model": model,
         "digest": digest,
+        "uri": None,
+        "follows": None,
         "state": worst.state,
         "detail": worst.detail,
         "replicas": {replica: report.model_dump(exclude={"model"}) for replica, report in seen.items()},

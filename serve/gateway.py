@@ -7,7 +7,6 @@ desired state (`desired.py`), answers made by the engine deployment (`replica.py
 
 # No `from __future__ import annotations`: ray_serve.ingress rebuilds these methods, and FastAPI must see real types.
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -18,25 +17,26 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from serve import endpoint_state, http_body
+from serve.adapter_uris import AdapterUris
 from serve.api_keys import ApiKey
 from serve.chunks import completion, events
-from serve.desired import Base, Desired, EndpointFiles
+from serve.desired import Base, Desired, EndpointFiles, ReplicaReport, live
 from serve.engine_calls import EngineCalls
 from serve.http_errors import HANDLERS, status_of
+from serve.last_known import LastKnown
 from serve.metrics import Metrics
 from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
-from serve.registration import Registration, register, registrable, withdrawn
+from serve.registration import Registration, follow, from_uri, parse_wanted, register, registrable, withdrawn
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
 from service.domain import ModelRef
-from service.errors import ClusterError, ModelError, NotFoundError, RequestError, StorageError
+from service.errors import ClusterError, ModelError, NotFoundError, RequestError
 from service.registry import Registry
 
 ROUTES_AGE_S = 1.0
 _WAIT_EVERY_S = 0.1
-_log = logging.getLogger(__name__)
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
 http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
 
@@ -51,33 +51,34 @@ def _resolved(name: str, routes: Routes, headers: Mapping[str, str], about: Mapp
 class Gateway:
     """One replica of it is enough: it only moves bytes."""
 
-    def __init__(self, base: Base, files: EndpointFiles, keys: tuple[ApiKey, ...], engine: Any) -> None:
-        self._base, self._files, self._keys = base, files, keys
+    def __init__(
+        self, base: Base, files: EndpointFiles, keys: tuple[ApiKey, ...], uris: AdapterUris, engine: Any
+    ) -> None:
+        self._base, self._files, self._keys, self._uris = base, files, keys, uris
         self._registry = Registry(files.home)
         self._engines = EngineCalls(engine)
         self._created = int(time.time())
         self._metrics = Metrics()
-        self._known: tuple[Routes, int] | None = None
-        self._known_at = 0.0
-        self._changed_at = 0.0  # when this gateway last changed what is wanted
-        self._refreshing = asyncio.Lock()
+        self._routes = LastKnown(self._read_routes, "adapters")
+        self._reports = LastKnown(self._read_reports, "replicas")
+        self._behind: dict[str, str] = {}  # why a label has not followed its alias
 
     @http.get("/healthz")
     async def healthz(self, request: Request) -> Response:
         """200 while at least one replica's heart beats."""
         http_body.allow(request, self._keys, None)
-        live = await asyncio.to_thread(self._files.live_reports, time.time())
-        if not live:
+        replicas = await self._live()
+        if not replicas:
             raise ClusterError(
                 "no replica of the engine is alive. It may be starting: try again, then look at its logs."
             )
-        return JSONResponse({"status": "ok", "base_model": self._base.name, "replicas": len(live)})
+        return JSONResponse({"status": "ok", "base_model": self._base.name, "replicas": len(replicas)})
 
     @http.get("/v1/models")
     async def models(self, request: Request) -> Response:
         """Every name that answers."""
         http_body.allow(request, self._keys, "infer")
-        routes, _ = await self._routes(0.0)
+        routes, _ = await self._routes.get(0.0)
         return JSONResponse(models_body(routes.names(), self._created))
 
     @http.post("/v1/chat/completions")
@@ -117,35 +118,31 @@ class Gateway:
     async def metrics(self, request: Request) -> Response:
         """For Prometheus: requests, tokens, errors and latencies by version and arm; slots and adapters by replica."""
         http_body.allow(request, self._keys, "infer")
-        live = await asyncio.to_thread(self._files.live_reports, time.time())
-        return Response(self._metrics.text(live), media_type="text/plain; version=0.0.4")
+        return Response(self._metrics.text(await self._live()), media_type="text/plain; version=0.0.4")
 
     @http.get("/v1/adapters")
     async def adapters(self, request: Request) -> Response:
         """Every registered adapter with its state on every live replica, and those that drain."""
         http_body.allow(request, self._keys, "admin")
-        return JSONResponse(endpoint_state.adapters_body(*await asyncio.to_thread(self._state)))
+        return JSONResponse(await asyncio.to_thread(self._state))
 
     @http.put("/v1/adapters/{name:path}")
     async def put_adapter(self, name: str, request: Request) -> Response:
-        """Register a Model under a name, or swap what the name means."""
+        """Register a Model, or the adapter at a URI, under a name, or swap what the name means."""
         http_body.allow(request, self._keys, "admin")
-        body = parse_object(await http_body.read(request))
-        headers = http_body.ignored(request, sorted(set(body) - {"model", "pin"}))
+        wanted = parse_wanted(parse_object(await http_body.read(request)))
+        headers = http_body.ignored(request, wanted.ignored)
         wait = http_body.wait_of(request)
-        model = body.get("model")
-        if not isinstance(model, str):
-            raise RequestError('model: must be a registered model such as "tickets@1".', "model")
-        pin = body.get("pin", False)
-        if not isinstance(pin, bool):
-            raise RequestError("pin: must be true (the adapter stays resident) or false.", "pin")
-        entry = await asyncio.to_thread(registrable, name, model, self._base, self._registry)
-        entry = entry.model_copy(update={"pin": pin})
+        if wanted.uri is None:
+            entry = await asyncio.to_thread(registrable, name, str(wanted.model), self._base, self._registry)
+        else:
+            entry = await asyncio.to_thread(from_uri, name, wanted.uri, wanted.base_model, self._base, self._uris)
+        entry = entry.model_copy(update={"pin": wanted.pin})
         registration = await asyncio.to_thread(register, self._files, {name: entry})
-        self._changed_at = time.monotonic()
+        self._routes.changed()
         if wait is not None:
             await self._wait_resident(name, registration, wait)
-        state = endpoint_state.adapters_body(*await asyncio.to_thread(self._state))
+        state = await asyncio.to_thread(self._state)
         mine = next((a for a in state["data"] if a["name"] == name), None)
         if mine is None:
             raise NotFoundError(f"adapter {name!r} was deleted by somebody else meanwhile. PUT it again.")
@@ -163,7 +160,7 @@ class Gateway:
             return desired.model_copy(update={"adapters": left})
 
         await asyncio.to_thread(self._files.change, without)
-        self._changed_at = time.monotonic()
+        self._routes.changed()
         return JSONResponse({"object": "adapter", "name": name, "model": gone["entry"].model, "deleted": True})
 
     @http.get("/v1/resolve")
@@ -173,7 +170,7 @@ class Gateway:
         name, key = request.query_params.get("model"), request.query_params.get("key")
         if not name:
             raise RequestError("model: which name is to be explained? Write /v1/resolve?model=NAME.", "model")
-        routes, epoch = await self._routes(0.0)
+        routes, epoch = await self._routes.get(0.0)
         target = resolve(name, routes, key) if key else _resolved(name, routes, request.headers, {})
         known = {"name": name, "model": target.model, "digest": target.digest, "by": target.by, "epoch": epoch}
         return JSONResponse({"object": "resolution", **known, "split": target.split, "arm": target.arm})
@@ -195,9 +192,10 @@ class Gateway:
         check_split_name(name, self._base)
         wanted = parse_split(parse_object(await http_body.read(request)))
         headers = http_body.ignored(request, wanted.ignored)
-        arms = await asyncio.to_thread(resolved_arms, wanted, self._base, self._registry)
+        known = (await asyncio.to_thread(self._files.read)).adapters
+        arms = await asyncio.to_thread(resolved_arms, wanted, self._base, self._registry, known)
         desired = await asyncio.to_thread(self._files.change, lambda desired: with_split(desired, name, wanted, arms))
-        self._changed_at = time.monotonic()
+        self._routes.changed()
         return JSONResponse(split_body(name, desired.splits[name]), headers=headers)
 
     @http.delete("/v1/endpoints/{endpoint}/splits/{name}")
@@ -206,7 +204,7 @@ class Gateway:
         http_body.allow(request, self._keys, "admin")
         self._check_endpoint(endpoint)
         await asyncio.to_thread(self._files.change, lambda desired: without_split(desired, name))
-        self._changed_at = time.monotonic()
+        self._routes.changed()
         return JSONResponse({"object": "split", "name": name, "deleted": True})
 
     def _check_endpoint(self, name: str) -> None:
@@ -223,7 +221,7 @@ class Gateway:
             reason = next((report.detail for report in seen if report and report.state == "refused"), None)
             if reason is not None:
                 await asyncio.to_thread(registration.take_back)
-                self._changed_at = time.monotonic()
+                self._routes.changed()
                 raise ModelError(f"{entry.model} cannot be served as {name!r}: {reason}")
             everywhere = len(states) == len(reports) and set(states) == {"resident"}
             if everywhere if wait.everywhere else "resident" in states:
@@ -235,38 +233,30 @@ class Gateway:
                 )
             await asyncio.sleep(_WAIT_EVERY_S)
 
-    def _state(self) -> tuple[Desired, list[Any]]:
-        return self._files.read(), self._files.live_reports(time.time())
+    def _state(self) -> dict[str, Any]:
+        return endpoint_state.adapters_body(self._files.read(), self._files.live_reports(time.time()), self._behind)
 
     async def _target(self, name: str, headers: Mapping[str, str], about: Mapping[str, str]) -> tuple[Target, int]:
         """Who answers to `name`, and the epoch that says so. A name not known yet is looked up afresh before it is 404."""
-        routes, epoch = await self._routes(ROUTES_AGE_S)
+        routes, epoch = await self._routes.get(ROUTES_AGE_S)
         try:
             return _resolved(name, routes, headers, about), epoch
         except UnknownModelError:
-            routes, epoch = await self._routes(0.0)
+            routes, epoch = await self._routes.get(0.0)
             return _resolved(name, routes, headers, about), epoch
 
-    async def _routes(self, age_s: float) -> tuple[Routes, int]:
-        """What is registered, at most `age_s` old; older, with a word in the log, while the store does not answer."""
-        async with self._refreshing:
-            asked_at = time.monotonic()
-            # Read once more where somebody has changed something while it was read.
-            while self._known is None or self._known_at < max(self._changed_at, asked_at - age_s):
-                began = time.monotonic()
-                try:
-                    self._known = await asyncio.to_thread(self._read_routes)
-                except StorageError as error:
-                    if self._known is None:
-                        raise
-                    _log.warning("answering from the last known adapters, the store does not answer: %s", error)
-                    self._known_at = time.monotonic()
-                    break
-                self._known_at = began
-            return self._known
+    async def _live(self) -> list[ReplicaReport]:
+        """The replicas whose hearts beat. While the store does not answer, those that did when it last did: they serve on."""
+        reports, read_at_s = await self._reports.get(0.0)
+        return live(reports, read_at_s)
+
+    def _read_reports(self) -> tuple[list[ReplicaReport], float]:
+        return self._files.reports(), time.time()
 
     def _read_routes(self) -> tuple[Routes, int]:
+        """What is registered, after every name that follows an alias has taken over where that points now."""
         desired = self._files.read()
-        families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values()}
+        families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values() if not entry.source}
         aliases = {family: self._registry.aliases(family) for family in families}
+        desired, self._behind = follow(self._files, desired, aliases, self._base, self._registry)
         return Routes(self._base.name, self._base.digest, desired.adapters, aliases, desired.splits), desired.epoch

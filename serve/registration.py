@@ -1,26 +1,99 @@
-"""May this Model be registered under this label here, and if so, the writing of it, which can be taken back.
+"""May this adapter be registered under this label here, and if so, the writing of it, which can be taken back.
 
-Reads the registry's manifest and compares it with the endpoint's base: an adapter for another base or another template
-would answer, and answer nonsense. Used by `gateway.py` (PUT) and `app.py` (the serve file's `adapters`).
+Compares the registry's manifest with the endpoint's base: an adapter for another base or another template would answer,
+and answer nonsense. An adapter from a URI that has no such manifest is judged by what its config says of its base, and
+later, as every adapter is, by its tensors (`service/inference/adapter_files.py`). Used by `gateway.py` (PUT) and
+`app.py` (the serve file's `adapters`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from serve.adapter_uris import AdapterUris, Found
 from serve.desired import Base, Desired, EndpointFiles
+from serve.openai_fields import Fields, is_text, shown
 from serve.routing import Registered
 from service.domain import Manifest, ModelRef, check_name
 from service.errors import ConfigError, ConflictError, ModelError, NotFoundError
-from service.registry import Registry
+from service.registry import DEFAULT_ALIAS, Registry, model_digest
+
+SHOWN_DIGITS = 12
+_PINNED = "@sha256-"  # before the digits of the digest: twelve of them alone could be a version's number
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A checked PUT body: a registered model or a URI. `base_model` is the caller's word for which base a URI's adapter is."""
+
+    model: str | None
+    uri: str | None
+    base_model: str | None
+    pin: bool
+    ignored: tuple[str, ...]
+
+
+def parse_wanted(raw: Mapping[str, Any]) -> Wanted:
+    """`{"model": ...}` or `{"uri": ..., "base_model": ...}`, and `pin`; RequestError with all that is wrong."""
+    fields = Fields(raw)
+    fields.ignored += sorted(set(raw) - {"model", "uri", "base_model", "pin"})
+    model, uri, base_model, pin = (raw.get(name) for name in ("model", "uri", "base_model", "pin"))
+    if uri is None and not is_text(model):
+        fields.problem(
+            "model", 'must be a registered model such as "tickets@1", or give the uri of an adapter\'s directory.'
+        )
+    if uri is not None and model is not None:
+        fields.problem("uri", "is given beside model. Give one of them.")
+    elif uri is not None and not is_text(uri):
+        fields.problem("uri", f"must be an absolute path, file:///path or s3://bucket/key, not {shown(uri)}.")
+    if base_model is not None and (uri is None or not is_text(base_model)):
+        fields.problem("base_model", "must be the endpoint's base model by name, and goes with uri only.")
+    if pin is not None and not isinstance(pin, bool):
+        fields.problem("pin", "must be true (the adapter stays resident) or false.")
+    fields.raise_problems()
+    return Wanted(model, uri, base_model, bool(pin), tuple(fields.ignored))
 
 
 def registrable(label: str, model: str, base: Base, registry: Registry) -> Registered:
     """The version and digest that `model` means now, or the error that says why `label` cannot have it."""
     entry = servable(model, base, registry)
-    _check_label(label, ModelRef.parse(entry.model), base)
-    return entry
+    asked, ref = ModelRef.parse(model), ModelRef.parse(entry.model)
+    alias = None if asked.version else f"{asked.family}@{asked.alias or DEFAULT_ALIAS}"
+    _check_label(label, ref, alias, base)
+    return entry.model_copy(update={"follows": None if label == str(ref) else alias})
+
+
+def follow(
+    files: EndpointFiles, desired: Desired, aliases: Mapping[str, Mapping[str, int]], base: Base, registry: Registry
+) -> tuple[Desired, dict[str, str]]:
+    """The desired state once every label has what its alias points at now; by label, why some keep what they have.
+
+    `aliases` is what the registry says (family -> alias -> version). An alias that was deleted moves nobody.
+    """
+    moved, behind = {}, {}
+    for label, entry in desired.adapters.items():
+        ref = ModelRef.parse(entry.follows or entry.model)
+        version = aliases.get(ref.family, {}).get(ref.alias or "")
+        if entry.follows is None or version is None or entry.model == str(ref.at(version)):
+            continue
+        try:
+            now = servable(str(ref.at(version)), base, registry)
+        except (ModelError, NotFoundError) as error:
+            behind[label] = f"{entry.follows} has moved, and it stays with {entry.model}: {error}"
+        else:
+            moved[label] = (entry, entry.model_copy(update={"model": now.model, "digest": now.digest}))
+
+    def with_moved(current: Desired) -> Desired:
+        new = {
+            label: after.model_copy(update={"since": current.epoch})
+            for label, (before, after) in moved.items()
+            if current.adapters.get(label) == before  # or somebody has changed it since
+        }
+        return current.model_copy(update={"adapters": {**current.adapters, **new}})
+
+    return (files.change(with_moved) if moved else desired), behind
 
 
 def servable(model: str, base: Base, registry: Registry) -> Registered:
@@ -33,13 +106,39 @@ def servable(model: str, base: Base, registry: Registry) -> Registered:
     return Registered(model=str(ref), digest=manifest.digest)
 
 
-def default_label(model: str, registry: Registry) -> str:
-    """The label of an adapter from the serve file: a bare name as it is, else the version that is meant.
+def from_uri(label: str, uri: str, base_model: str | None, base: Base, uris: AdapterUris) -> Registered:
+    """What lies at `uri` now, pinned by its content, or the error that says why it cannot be served as `label`."""
+    if label == base.name:
+        raise ConflictError(f"{label!r} is the base model's own name. Register the adapter under another one.")
+    check_name(label, "adapter name")
+    found = uris.look(uri)
+    problems = mismatches(found.manifest, base) if found.manifest else _by_name(found, base_model, base)
+    if problems:
+        raise ModelError(f"{uri} cannot be served here: {'; '.join(problems)}.")
+    source = uris.pin(found, base.digest)
+    digest = model_digest(source.files)
+    return Registered(model=f"{label}{_PINNED}{digest[:SHOWN_DIGITS]}", digest=digest, source=source)
 
-    tickets@canary and tickets@production are two adapters then; a request finds either by its alias.
+
+def is_pinned_name(model: str) -> bool:
+    """Whether this is the name of an adapter from a URI, as answers give it. A version is a number, never that."""
+    return _PINNED in model
+
+
+def is_uri(adapter: str) -> bool:
+    """Whether an entry of the serve file's `adapters` is a URI, not a model."""
+    return "://" in adapter or adapter.startswith("/")
+
+
+def default_label(model: str) -> str:
+    """The label of an adapter from the serve file: the name of a model as it is written, a URI's last part.
+
+    tickets@canary and tickets@production are two adapters, and each follows its alias.
     """
+    if is_uri(model):
+        return model.rstrip("/").rpartition("/")[2]
     ref = ModelRef.parse(model)
-    return ref.family if ref.selector is None else str(registry.resolve(ref))
+    return str(ref if ref.version is None else ref.at(ref.version))
 
 
 @dataclass(frozen=True)
@@ -111,10 +210,29 @@ def mismatches(manifest: Manifest, base: Base) -> list[str]:
     return problems
 
 
-def _check_label(label: str, ref: ModelRef, base: Base) -> None:
+def _by_name(found: Found, vouched: str | None, base: Base) -> list[str]:
+    """Without a manifest: the config's word for its base against this endpoint's name, by their last parts.
+
+    Names prove nothing, since the same weights go under many: so who knows better may vouch for it. Silence is no mismatch.
+    """
+    if vouched is not None:
+        return [] if vouched == base.name else [f"base_model is {vouched!r}, this endpoint serves {base.name!r}"]
+    if found.base_name is None or _last_part(found.base_name) == _last_part(base.name):
+        return []
+    return [
+        f"its adapter_config.json says that it was made for base model {found.base_name[:200]!r}, this endpoint serves "
+        f'{base.name!r}. If these are the same weights under two names, say so in the body: "base_model": "{base.name}"'
+    ]
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _check_label(label: str, ref: ModelRef, alias: str | None, base: Base) -> None:
     if label == base.name:
         raise ConflictError(f"{label!r} is the base model's own name. Register the adapter under another one.")
-    if label in (str(ref), ref.family):
+    if label in (str(ref), ref.family, alias):
         return
     if "@" in label or "/" in label:
         raise ConfigError(

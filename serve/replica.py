@@ -20,6 +20,7 @@ from typing import Any
 import ray.serve as ray_serve
 
 from serve.adapter_sync import AdapterSync
+from serve.adapter_uris import AdapterUris
 from serve.desired import Base, EndpointFiles
 from serve.openai_api import Ask, Prompt
 from serve.outbox import Batch, Outboxes
@@ -36,7 +37,9 @@ MAX_SCORES = 2**18  # log-probabilities of prompts in one answer
 class EngineReplica:
     """One engine. Its constructor raises what is wrong with base model or config, and nothing is left running."""
 
-    def __init__(self, base: Base, files: EndpointFiles, cache: Path, precision: str, engine: EngineBlock) -> None:
+    def __init__(
+        self, base: Base, files: EndpointFiles, cache: Path, precision: str, engine: EngineBlock, uris: AdapterUris
+    ) -> None:
         import torch
 
         from service.inference.torch_engine import TorchEngine
@@ -64,7 +67,7 @@ class EngineReplica:
         )
         self._engine.start()
         self._name: str = ray_serve.get_replica_context().replica_tag
-        self._adapters = AdapterSync(self._engine, files, base.digest, self._name.replace("#", "-"), cache)
+        self._adapters = AdapterSync(self._engine, files, base.digest, self._name.replace("#", "-"), cache, uris)
         self._adapters.start()
         self._outboxes = Outboxes()
         self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))

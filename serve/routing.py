@@ -14,7 +14,7 @@ from hashlib import blake2b
 
 from pydantic import BaseModel, ConfigDict
 
-from service.domain import ModelRef
+from service.domain import FileEntry, ModelRef
 from service.errors import ConfigError, NotFoundError
 from service.registry import DEFAULT_ALIAS
 
@@ -25,9 +25,24 @@ class UnknownModelError(NotFoundError):
     """A requested model name that nothing here answers to."""
 
 
-class Registered(BaseModel):
-    """One entry of the desired state: `model` is a version such as tickets@1, `digest` its identity.
+class Source(BaseModel):
+    """Where an adapter that no registry has lies, and what it was when it was registered: other content is another adapter.
 
+    `base_digest` is that of the base for which it was accepted.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    uri: str
+    base_digest: str
+    files: dict[str, FileEntry]
+
+
+class Registered(BaseModel):
+    """One entry of the desired state: `digest` is its identity, `model` what answers say of it.
+
+    That is a version such as tickets@1, or for one with a `source`, `label@sha256-` and the first 12 digits of the digest.
+    One that `follows` an alias (tickets@production) is given the version that this points at, whenever it moves.
     `since` is the epoch of its last PUT: one that was evicted or refused is tried again when it is PUT again. A pinned one
     stays resident.
     """
@@ -38,6 +53,8 @@ class Registered(BaseModel):
     digest: str
     since: int = 0
     pin: bool = False
+    source: Source | None = None
+    follows: str | None = None
 
 
 class Arm(BaseModel):
@@ -153,6 +170,9 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
             assignment=split.since,
             has_key=key is not None,
         )
+    pinned = next((e for e in routes.labels.values() if e.source and e.model == name), None)
+    if pinned:
+        return Target(name, pinned.digest, by="its content")
     try:
         ref = ModelRef.parse(name)
     except ConfigError:
@@ -162,14 +182,21 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
     alias = ref.alias or DEFAULT_ALIAS
     version = routes.aliases.get(ref.family, {}).get(alias)
     if version is not None:
-        return _at(f"{ref.family}@{version}", name, routes, f"alias {alias!r} of {ref.family}")
+        follower = next((n for n, e in routes.labels.items() if e.follows == f"{ref.family}@{alias}"), None)
+        by = f"alias {alias!r} of {ref.family}"
+        found = _at(f"{ref.family}@{version}", name, routes, by, follower)
+        if isinstance(found, Target) or follower is None:
+            return found
+        kept = routes.labels[follower]  # it has not followed, or cannot: GET /v1/adapters says why
+        return Target(kept.model, kept.digest, label=follower, by=f"{by}, as far as {follower!r} has followed it")
     entry = routes.labels.get(name)
     return Target(entry.model, entry.digest, label=name, by=f"adapter name {name!r}") if entry else _UNKNOWN
 
 
-def _at(model: str, name: str, routes: Routes, by: str) -> Target | str:
+def _at(model: str, name: str, routes: Routes, by: str, label: str | None = None) -> Target | str:
+    """The registered version; with a label, while it is loaded, what that meant before answers."""
     for entry in routes.labels.values():
         if entry.model == model:
-            return Target(model, entry.digest, by=by)
+            return Target(model, entry.digest, label=label, by=by)
     means = "" if model == name else f" means {model}, which"
     return f"{means} is not registered on this endpoint"

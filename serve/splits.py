@@ -14,10 +14,10 @@ from typing import Any
 from serve.desired import Base, Desired
 from serve.openai_api import MAX_METADATA_VALUE
 from serve.openai_fields import Fields, is_text, shown
-from serve.registration import servable
+from serve.registration import is_pinned_name, servable
 from serve.routing import Arm, Registered, Split
 from service.domain import check_name
-from service.errors import ConfigError, LorayError, NotFoundError
+from service.errors import ConfigError, ConflictError, LorayError, NotFoundError
 from service.registry import Registry
 
 DEFAULT_KEY = ("header:x-loray-key", "metadata.user", "safety_identifier", "user")
@@ -83,15 +83,21 @@ def _arms(fields: Fields, value: Any) -> dict[str, tuple[str, float]]:
     return arms
 
 
-def resolved_arms(wanted: WantedSplit, base: Base, registry: Registry) -> dict[str, Arm]:
-    """The version that each arm's model means now; an error names every arm that cannot be served."""
+def resolved_arms(
+    wanted: WantedSplit, base: Base, registry: Registry, adapters: Mapping[str, Registered]
+) -> dict[str, Arm]:
+    """The version that each arm's model means now; an error names every arm that cannot be served.
+
+    An adapter from a URI is one of those registered here, `adapters`, under the name that answers give it.
+    """
     arms, problems = {}, []
+    pinned = {entry.model: entry for entry in adapters.values() if entry.source}
     for name, (model, weight) in wanted.arms.items():
         if model == base.name:
             arms[name] = Arm(model=model, digest=base.digest, weight=weight, is_base=True)
             continue
         try:
-            entry = servable(model, base, registry)
+            entry = pinned.get(model) or servable(model, base, registry)
             arms[name] = Arm(model=entry.model, digest=entry.digest, weight=weight)
         except LorayError as error:
             problems.append(f"arms.{name}: {error}")
@@ -109,13 +115,22 @@ def with_split(desired: Desired, name: str, wanted: WantedSplit, arms: Mapping[s
     salt = wanted.salt or (before.salt if before else secrets.token_hex(8))
     split = Split(arms=dict(arms), salt=salt, key=wanted.key, since=desired.epoch)
     new = {
-        arm.model: Registered(model=arm.model, digest=arm.digest, since=desired.epoch)
+        arm.model: _entry_of(arm, desired)
         for arm in arms.values()
         if not arm.is_base and arm.model not in desired.adapters
     }
     return desired.model_copy(
         update={"adapters": {**desired.adapters, **new}, "splits": {**desired.splits, name: split}}
     )
+
+
+def _entry_of(arm: Arm, desired: Desired) -> Registered:
+    """An arm's version under its own name. One from a URI is in the desired state already, or was a moment ago."""
+    pinned = (entry for entry in desired.adapters.values() if entry.source and entry.model == arm.model)
+    entry = next(pinned, Registered(model=arm.model, digest=arm.digest))
+    if entry.source is None and is_pinned_name(arm.model):
+        raise ConflictError(f"adapter {arm.model} was replaced or deleted meanwhile. PUT it again, then the split.")
+    return entry.model_copy(update={"since": desired.epoch, "pin": False})
 
 
 def without_split(desired: Desired, name: str) -> Desired:

@@ -326,13 +326,17 @@ class ReplicasBlock(_Bounds):
 class ServeConfig(Block):
     """One endpoint: a base model and the adapters it starts with.
 
-    `host` may be other than loopback when there are API keys: a file of them in `keys`, or LORAY_API_KEYS.
+    `host` may be other than loopback when there are API keys: a file of them in `keys`, or LORAY_API_KEYS. Adapters are
+    models of the registry, or lie at URIs below `adapter_roots` (directories that all nodes share, s3:// prefixes) with at
+    most `adapter_max_bytes` of files.
     """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     endpoint: Annotated[str, AfterValidator(lambda value: check_name(value, "endpoint"))] = "default"
     model: Annotated[ModelBlock, _shorthand("id")]
     adapters: Annotated[tuple[str, ...], Strict(False)] = ()
+    adapter_roots: Annotated[tuple[str, ...], Strict(False)] = ()
+    adapter_max_bytes: int = Field(default=2**31, ge=1)
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     keys: str | None = None

@@ -44,6 +44,24 @@ def model_digest(files: Mapping[str, FileEntry]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def cached_copy(target: Path, files: Mapping[str, FileEntry], fetch: Callable[[str, Path, FileEntry], None]) -> Path:
+    """`target`, a directory with just these files: made once, however many ask at once, and whole or not at all.
+
+    `fetch` brings one of them to a path and raises if it is not what its entry says.
+    """
+    with storage.locked(target):
+        if not _is_complete(target, files):
+            aside = target.parent / f".{target.name}.{secrets.token_hex(6)}"
+            try:
+                for name, entry in files.items():
+                    fetch(name, aside / name, entry)
+                storage.delete_tree(str(target))
+                aside.rename(target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
 class Registry:
     """The models below one LORAY_HOME. Holds no state: every call asks the store."""
 
@@ -98,10 +116,14 @@ class Registry:
         """
         manifest = self.manifest(ref)
         target = cache / ("adapters" if manifest.kind == "adapter" else "base_models") / manifest.digest
-        with storage.locked(target):
-            if not _is_complete(target, manifest):
-                self._download(ModelRef.parse(manifest.ref), manifest, target)
-        return target
+        uri = self._directory(ModelRef.parse(manifest.ref))
+        if model_digest(manifest.files) != manifest.digest or any(map(name_problem, manifest.files)):
+            raise StorageError(
+                f"{uri}/manifest.json contradicts itself: its digest or a file name is wrong. Publish again."
+            )
+        return cached_copy(
+            target, manifest.files, lambda name, local, entry: storage.fetch_file(storage.join(uri, name), local, entry)
+        )
 
     def models(self) -> list[str]:
         """The families with at least one version, sorted."""
@@ -230,21 +252,6 @@ class Registry:
             return None
         return None if text.startswith(_TOMBSTONE_START) else text
 
-    def _download(self, ref: ModelRef, manifest: Manifest, target: Path) -> None:
-        uri = self._directory(ref)
-        if model_digest(manifest.files) != manifest.digest or any(map(name_problem, manifest.files)):
-            raise StorageError(
-                f"{uri}/manifest.json contradicts itself: its digest or a file name is wrong. Publish again."
-            )
-        aside = target.parent / f".{target.name}.{secrets.token_hex(6)}"
-        try:
-            for name, entry in manifest.files.items():
-                storage.fetch_file(storage.join(uri, name), aside / name, entry)
-            storage.delete_tree(str(target))
-            aside.rename(target)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-
     def _read_aliases(self, model: ModelRef) -> tuple[dict[str, int], str | None]:
         uri = storage.join(self.home, "models", model.project, model.name, "aliases.json")
         try:
@@ -349,12 +356,12 @@ def _parse_manifest(text: bytes, uri: str) -> Manifest:
         raise StorageError(f"{uri} is no manifest: {error}. Restore it, or publish again.") from error
 
 
-def _is_complete(directory: Path, manifest: Manifest) -> bool:
+def _is_complete(directory: Path, files: Mapping[str, FileEntry]) -> bool:
     """Sizes only: the sha256 was verified before the directory got its name."""
     if not directory.is_dir():
         return False
     sizes = {entry.name: entry.stat().st_size for entry in directory.iterdir()}
-    return sizes == {name: entry.bytes for name, entry in manifest.files.items()}
+    return sizes == {name: entry.bytes for name, entry in files.items()}
 
 
 def _undone(now: dict[str, int], before: dict[str, int], alias: str, version: int) -> dict[str, int]:

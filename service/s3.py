@@ -67,14 +67,19 @@ def tag(uri: str) -> str:
 def read_tagged(uri: str) -> tuple[bytes, str]:
     """Content and ETag from one and the same answer."""
 
-    async def get() -> tuple[bytes, str]:
-        answer = await _request("get_object", uri)
-        async with answer["Body"] as body:
-            return await body.read(), answer["ETag"]
-
     with _reported(uri, "read"):
-        content: tuple[bytes, str] = _sync(get)
+        content: tuple[bytes, str] = _sync(_get, uri)
         return content
+
+
+def read_chunks(uri: str, num_bytes: int) -> Iterator[bytes]:
+    """The object's first so many bytes in pieces; ConflictError if another takes its place meanwhile."""
+    etag, size = (_facts(uri)[fact] for fact in ("ETag", "ContentLength"))
+    end = min(num_bytes, int(size))
+    for start in range(0, end, _PART_BYTES):
+        stop = min(start + _PART_BYTES, end) - 1  # HTTP's ranges name their last byte
+        with _reported(uri, "read"):
+            yield _sync(_get, uri, Range=f"bytes={start}-{stop}", IfMatch=etag)[0]
 
 
 def put(uri: str, data: bytes, **conditions: str) -> None:
@@ -271,6 +276,12 @@ def _sync(coroutine: Callable[..., Any], *arguments: Any, **options: Any) -> Any
     from fsspec.asyn import sync
 
     return sync(_filesystem().loop, coroutine, *arguments, **options)
+
+
+async def _get(uri: str, **options: Any) -> tuple[bytes, str]:
+    answer = await _request("get_object", uri, **options)
+    async with answer["Body"] as body:
+        return await body.read(), answer["ETag"]
 
 
 def _filesystem() -> Any:

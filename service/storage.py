@@ -18,7 +18,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,6 +103,17 @@ def read_many(uris: Sequence[str]) -> list[bytes]:
         return list(pool.map(read_bytes, uris))
 
 
+def read_chunks(uri: str, num_bytes: int) -> Iterator[bytes]:
+    """The first so many bytes, a few MiB at a time; fewer where the file is shorter. All are of one content on S3."""
+    if not is_local(uri):
+        yield from s3.read_chunks(uri, num_bytes)
+        return
+    with _reported(uri, "read"), local_path(uri).open("rb") as stream:
+        while num_bytes and (chunk := stream.read(min(num_bytes, _COPY_BYTES))):
+            num_bytes -= len(chunk)
+            yield chunk
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Creates or replaces the file at once. Missing directories are made."""
     if not is_local(uri):
@@ -125,6 +136,21 @@ def write_chunks(uri: str, chunks: Sequence[bytes | memoryview]) -> FileEntry:
         path = local_path(uri)
         with _reported(uri, "written"), _aside(path, lambda out: out.writelines(chunks)) as temporary:
             temporary.replace(path)
+    return FileEntry(bytes=count, sha256=digest.hexdigest())
+
+
+def write_stream(local: Path, chunks: Iterable[bytes]) -> FileEntry:
+    """Creates or replaces a file of this machine from pieces as they come: aside, synced, then renamed."""
+    digest, count = hashlib.sha256(), 0
+
+    def fill(out: BinaryIO) -> None:
+        nonlocal count
+        for chunk in chunks:
+            digest.update(chunk)
+            count += out.write(chunk)
+
+    with _reported(str(local), "written"), _aside(local, fill) as temporary:
+        temporary.replace(local)
     return FileEntry(bytes=count, sha256=digest.hexdigest())
 
 

@@ -98,6 +98,15 @@ def read_adapter(
     return tensors
 
 
+def declared_rank(directory: Path) -> int:
+    """The largest rank that its config gives any module. ModelError with all that is wrong with the config."""
+    config, problems = _read_config(directory)
+    problems += _config_problems(config)
+    if problems:
+        raise ModelError(f"adapter {directory} cannot be served:\n" + "\n".join(problems))
+    return max(int(rank) for rank in (config["r"], *(config.get("rank_pattern") or {}).values()))
+
+
 def _read_config(directory: Path) -> tuple[dict[str, Any], list[str]]:
     path = directory / "adapter_config.json"
     try:
@@ -145,7 +154,10 @@ def _config_problems(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} is {value!r}: a positive number is wanted.")
     for key in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
+        if not isinstance(pattern, dict) or not all(
+            isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) and v > 0
+            for v in pattern.values()
+        ):
             problems.append(f"{key} is {pattern!r}: a mapping from module names to positive numbers is wanted.")
         else:
             problems += _not_literal(key, pattern)

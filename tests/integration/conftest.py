@@ -32,7 +32,8 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         "RAY_AUTH_MODE": "token",
         **launcher.RAY_ENVIRONMENT,
     }
-    removed = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    removed = ["RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"]
+    removed += [name for name in os.environ if name.startswith("AWS_")]  # a test's store is in ~/.aws/config
     token = (
         home / ".ray" / "auth_token"
     )  # a file, because submitted jobs find it and do not get their parent's variables

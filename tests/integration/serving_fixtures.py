@@ -33,10 +33,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def registry(base: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Registry:
+def adapter_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the registry's adapters were saved by PEFT, `red1`, `red2`, ...: the endpoint may read URIs below it."""
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def registry(base: Path, settings: Settings, adapter_root: Path) -> Registry:
     """red@1, red@2, blue@1 fit; wide@1 takes 24 columns; foreign@1, template@1 and dora@1 must be refused."""
-    registry = Registry(settings.home)
-    directory = tmp_path_factory.mktemp("adapters")
+    registry, directory = Registry(settings.home), adapter_root
     resolved = resolve_base_model(str(base), settings.cache)
     good = {"base_digest": resolved.digest, "renderer_digest": load_renderer(base).digest}
 
@@ -56,11 +61,10 @@ def registry(base: Path, settings: Settings, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture(scope="module")
-def config(base: Path) -> ServeConfig:
+def config(base: Path, adapter_root: Path) -> ServeConfig:
     engine = {"slots": 4, "max_context": 256, "lora_columns": 24, "threads": 1}
-    return ServeConfig.model_validate(
-        {"model": str(base), "endpoint": "test", "precision": "fp32", "port": free_port(), "engine": engine}
-    )
+    values = {"model": str(base), "endpoint": "test", "precision": "fp32", "port": free_port(), "engine": engine}
+    return ServeConfig.model_validate({**values, "adapter_roots": [str(adapter_root)], "adapter_max_bytes": 2**20})
 
 
 @pytest.fixture(scope="module")

@@ -1,21 +1,31 @@
-"""Adapters of a running endpoint: put, swapped, evicted, deleted and refused while requests flow."""
+"""Adapters of a running endpoint: put from registry or URI, swapped, evicted, deleted and refused while requests flow."""
 
 from __future__ import annotations
 
+import http.client
+import json
+import shutil
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
+from serve.adapter_sync import POLL_EVERY_S
 from serve.desired import EndpointFiles
-from serve.registration import register
+from serve.registration import from_uri, register
 from serve.routing import Registered
 from service.config import ServeConfig
 from service.domain import ModelRef
-from service.registry import Registry
+from service.errors import ConfigError
+from service.registry import ManifestDraft, Registry
+from service.render import load_renderer
 from service.settings import Settings
-from tests.integration.serving import HELLO, Endpoint, clear, wait_until
+from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, clear, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -158,7 +168,7 @@ def test_unknown_parts_of_a_put_are_named(endpoint: Endpoint) -> None:
 
 
 def test_the_serve_files_adapters_have_a_label_each_and_nothing_is_written_by_looking(
-    config: ServeConfig, registry: Registry, settings: Settings
+    config: ServeConfig, registry: Registry, settings: Settings, adapter_root: Path
 ) -> None:
     from serve.app import prepare
 
@@ -168,13 +178,19 @@ def test_the_serve_files_adapters_have_a_label_each_and_nothing_is_written_by_lo
     values = {
         **config.model_dump(by_alias=True),
         "endpoint": "other",
-        "adapters": ("red@production", "red@canary", "blue"),
+        "adapters": ("red@production", "red@canary", "blue", f"{adapter_root}/wide4/"),
     }
     prepared = prepare(ServeConfig.model_validate(values), settings)
     models = {label: entry.model for label, entry in prepared.adapters.items()}
-    assert models == {"red@1": "red@1", "red@2": "red@2", "blue": "blue@1"}
+    pinned = f"wide4@sha256-{prepared.adapters['wide4'].digest[:12]}"
+    assert models == {"red@production": "red@1", "red@canary": "red@2", "blue": "blue@1", "wide4": pinned}
     assert prepared.adapters["blue"].digest == registry.manifest(ModelRef.parse("blue@1")).digest
     assert prepared.files.read().epoch == 0
+    for roots in (("nowhere", "s3://a/../b"), ()):
+        with pytest.raises(ConfigError) as caught:
+            prepare(ServeConfig.model_validate({**values, "adapter_roots": roots}), settings)
+        said = ["'nowhere' is no directory", "is no plain key"] if roots else ["adapter_roots in the serve file"]
+        assert all(one in str(caught.value) for one in said)
 
 
 def test_a_registration_taken_back_leaves_what_was_there_and_what_others_wrote_since(tmp_path: Path) -> None:
@@ -233,3 +249,237 @@ def test_a_split_divides_traffic_by_key_and_every_answer_says_its_arm(loaded: En
     bad = {"arms": {"a": {"model": "foreign@1", "weight": 1}, "b": {"model": "nobody@1", "weight": 1}}}
     refused = loaded.http.put(url, json=bad)
     assert refused.status_code == 400 and "foreign@1" in refused.text and "nobody" in refused.text
+
+
+def put_uri(endpoint: Endpoint, name: str, uri: Path | str, **fields: Any) -> httpx.Response:
+    body = {"uri": str(uri), **fields}
+    return endpoint.http.put(f"/v1/adapters/{name}", params={"wait": "resident"}, json=body)
+
+
+def pefts_answer(base: Path, adapter: Path) -> str:
+    """What PEFT and transformers say to HELLO, one request at a time."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model, renderer = AutoModelForCausalLM.from_pretrained(base), load_renderer(base)
+    ids = model.dummy_inputs["input_ids"].new_tensor([renderer.prompt_ids(HELLO)])
+    tuned = PeftModel.from_pretrained(model, adapter)
+    out = tuned.generate(input_ids=ids, attention_mask=ids.new_ones(ids.shape), max_new_tokens=24, do_sample=False)
+    return renderer.decode(out[0, ids.shape[1] :].tolist())
+
+
+def test_an_adapter_at_a_uri_answers_as_peft_does_and_a_put_takes_what_lies_there_now(
+    loaded: Endpoint, base: Path, adapter_root: Path
+) -> None:
+    directory = adapter_root / "moving"
+    shutil.copytree(adapter_root / "blue3", directory)
+    put = put_uri(loaded, "mine", f"file://{directory}")
+    assert put.status_code == 200, put.text
+    first = put.json()
+    assert (first["state"], first["uri"]) == ("resident", f"file://{directory}")
+    assert first["model"] == f"mine@sha256-{first['digest'][:12]}"
+    answer = loaded.post(model="mine", max_tokens=24, temperature=0).json()
+    assert (answer["model"], answer["loray"]["model_digest"]) == (first["model"], first["digest"])
+    text = answer["choices"][0]["message"]["content"]
+    assert text == pefts_answer(base, directory) != loaded.ask("base")
+    assert loaded.ask(first["model"]) == loaded.ask("blue") == text, "its exact name, and the registry's blue@1"
+    assert {"mine", first["model"]} <= {model.id for model in loaded.client.models.list()}
+
+    split = "/v1/endpoints/test/splits/half"
+    arms = {"one": {"model": first["model"], "weight": 1}, "two": {"model": "blue@1", "weight": 0}}
+    assert loaded.http.put(split, json={"arms": arms}).status_code == 200
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter_root / "red1" / name, directory / name)
+    assert loaded.ask("mine") == text, "what was registered goes on answering"
+    second = put_uri(loaded, "mine", directory).json()
+    assert second["model"] != first["model"]
+    answer = loaded.post(model="mine", max_tokens=24, temperature=0).json()
+    assert answer["model"] == second["model"]
+    assert answer["choices"][0]["message"]["content"] == loaded.ask("red") != text
+    arm = loaded.post(model="half", max_tokens=24, temperature=0).json()
+    assert (arm["model"], arm["choices"][0]["message"]["content"]) == (first["model"], text), "an arm is what it was"
+    assert loaded.http.delete(f"/v1/adapters/{first['model']}").status_code == 409
+    assert loaded.http.delete(split).status_code == 200
+    assert loaded.http.delete(f"/v1/adapters/{first['model']}").status_code == 200
+    assert loaded.post(model=first["model"]).status_code == 404
+    gone = loaded.http.put(split, json={"arms": arms})
+    assert gone.is_client_error, gone.text
+
+
+def changed_adapter(
+    root: Path, name: str, change: Callable[[dict[str, Any]], None] = lambda tensors: None, **config: Any
+) -> Path:
+    """A copy of red1 with some other values in its config, and other tensors, which `change` is given to work on."""
+    from safetensors.torch import load_file, save_file
+
+    directory = root / name
+    shutil.copytree(root / "red1", directory)
+    before = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**before, **config}))
+    tensors: dict[str, Any] = load_file(directory / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def wrong_shape(tensors: dict[str, Any]) -> None:
+    name = next(iter(tensors))
+    tensors[name] = tensors[name][:, :3].contiguous()
+
+
+def unknown_module(tensors: dict[str, Any]) -> None:
+    name = next(iter(tensors))
+    tensors[name.replace("layers.0", "layers.9")] = tensors.pop(name)
+
+
+def test_an_adapter_at_a_uri_that_cannot_be_served_says_why_and_disturbs_nobody(
+    loaded: Endpoint, adapter_root: Path, settings: Settings
+) -> None:
+    before = loaded.ask("red"), loaded.ask("blue")
+    configs: dict[str, tuple[dict[str, Any], str]] = {
+        "bias": ({"bias": "all"}, "bias is 'all'"),
+        "modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        "rank": ({"r": 64}, "needs 64 columns, the endpoint has 24"),
+        "endless": ({"rank_pattern": {"q_proj": float("inf")}}, "positive numbers"),
+    }
+    wanted = {"dora": (adapter_root / "dora7", "DoRA")}
+    for name, (config, said) in configs.items():
+        wanted[name] = (changed_adapter(adapter_root, name, **config), said)
+    wanted["shape"] = (changed_adapter(adapter_root, "shape", wrong_shape), "A is [8, 3]")
+    wanted["module"] = (changed_adapter(adapter_root, "module", unknown_module), "no such linear layer")
+    wanted["corrupt"] = (changed_adapter(adapter_root, "corrupt"), "is not safetensors")
+    (wanted["corrupt"][0] / "adapter_model.safetensors").write_bytes(b"\xff" * 1000)
+    for name, (directory, _) in wanted.items():  # all at once: each waits for the replica's next look
+        put = loaded.http.put(f"/v1/adapters/{name}", json={"uri": str(directory)})
+        assert put.status_code == 202, put.text
+
+    def reasons() -> dict[str, str]:
+        data = loaded.http.get("/v1/adapters").json()["data"]
+        return {row["name"]: row["detail"] for row in data if row["state"] == "refused"}
+
+    wait_until(lambda: set(reasons()) == set(wanted), "all are refused")
+    for name, (_, said) in wanted.items():
+        assert said in reasons()[name], reasons()[name]
+    refused = put_uri(loaded, "waited", adapter_root / "dora7")
+    assert refused.status_code == 400 and "DoRA" in refused.text and "waited" not in loaded.names()
+    assert (loaded.ask("red"), loaded.ask("blue")) == before
+
+
+def test_a_uri_is_read_below_the_roots_only(endpoint: Endpoint, adapter_root: Path, base: Path) -> None:
+    outside = shutil.copytree(adapter_root / "red1", adapter_root.parent / "outside")
+    (adapter_root / "link").symlink_to(outside)
+    other = changed_adapter(adapter_root, "other", base_model_name_or_path="org/other")
+    refused: list[tuple[Path | str, int, str]] = [
+        (outside, 400, "outside the directories"),
+        (adapter_root / "link", 400, "outside the directories"),
+        (f"{adapter_root}/../outside", 400, "outside the directories"),
+        (f"file://{adapter_root}/%2e%2e/outside", 400, "outside the directories"),
+        ("s3://bucket/adapters", 400, "outside the directories"),
+        ("adapters/red1", 400, "absolute path"),
+        ("https://example.org/red1", 400, "not supported"),
+        (adapter_root / "nothing", 404, "does not exist"),
+        (adapter_root, 400, "adapter_config.json, adapter_model.safetensors missing"),
+        (base, 400, "outside the directories"),
+        (other, 400, "made for base model 'org/other', this endpoint serves 'base'"),
+    ]
+    for uri, status, said in refused:
+        put = put_uri(endpoint, "x", uri)
+        assert put.status_code == status, put.text
+        assert said in put.json()["error"]["message"]
+    for body, param in [({"uri": 3}, "uri"), ({"uri": "/a", "model": "red@1"}, "uri"), ({}, "model")]:
+        put = endpoint.http.put("/v1/adapters/x", json=body)
+        assert put.status_code == 400 and put.json()["error"]["param"] == param
+    assert endpoint.names() == []
+    assert put_uri(endpoint, "x", other, base_model="base").status_code == 200, "whoever knows better may say so"
+    clear(endpoint)
+
+
+def test_what_changes_under_a_uri_after_it_was_registered_is_refused_by_the_replica(
+    endpoint: Endpoint, adapter_root: Path, config: ServeConfig, settings: Settings
+) -> None:
+    from serve.app import prepare
+
+    prepared, wanted = prepare(config, settings), dict[str, Registered]()
+    for name in ("changes", "moves"):
+        directory = changed_adapter(adapter_root, name, revision=name)  # content that no cache has yet
+        wanted[name] = from_uri(name, str(directory), None, prepared.base, prepared.uris)
+    (adapter_root / "changes" / "adapter_config.json").write_text("{}")
+    (adapter_root / "moves").rename(adapter_root.parent / "moved")
+    (adapter_root / "moves").symlink_to(adapter_root.parent / "moved")
+    register(prepared.files, wanted)
+
+    def states() -> dict[str, tuple[str, str]]:
+        return {row["name"]: (row["state"], row["detail"]) for row in endpoint.http.get("/v1/adapters").json()["data"]}
+
+    wait_until(lambda: {state for state, _ in states().values()} == {"refused"}, "the replica has looked")
+    assert "has changed since it was registered" in states()["changes"][1]
+    assert "outside the directories" in states()["moves"][1]
+    assert "refused" in endpoint.post(model="moves").text
+    clear(endpoint)
+
+
+def test_names_that_climb_are_refused_and_nothing_is_written(endpoint: Endpoint, settings: Settings) -> None:
+    files = EndpointFiles(settings.home, "test")
+
+    def written() -> set[Path]:
+        everything = Path(settings.home).parent.rglob("*")
+        return {path for path in everything if "replicas" not in path.parts and not path.name.endswith(".lock")}
+
+    before, epoch = written(), files.read().epoch
+    climbing = ["..%2f..%2fx", "..%2F..%2Fdesired.json", "%2e%2e%2fx", "..", "../../x", "..%5c..%5cx", "%00", ".%2fx", "%252e%252e%252fx", "/etc/passwd"]  # fmt: skip
+    address = httpx.URL(endpoint.url)
+    for name in climbing:  # a client that sends paths as they are: httpx would tidy them up
+        for path in (f"/v1/adapters/{name}", f"/v1/endpoints/test/splits/{name}", f"/v1/endpoints/{name}/splits/x"):
+            connection = http.client.HTTPConnection(address.host, address.port, timeout=DEADLINE_S)
+            body = {"model": "red@1", "arms": {"a": {"model": "red@1", "weight": 1}}}
+            connection.request("PUT", path, json.dumps(body), {"content-type": "application/json"})
+            status = connection.getresponse().status
+            assert 400 <= status < 500, (path, status)
+            connection.close()
+    for model in ["../../red@1", "..@1", "red@../../x", "default/../red@1", "a/../../red@1", "%2e%2e/red@1", "red@..", "/etc/passwd", "file:///etc"]:  # fmt: skip
+        for response in (
+            endpoint.put("x", model),
+            endpoint.http.put("/v1/endpoints/test/splits/x", json={"arms": {"a": {"model": model, "weight": 1}}}),
+            endpoint.post(model=model),
+        ):
+            assert response.is_client_error, (model, response.text)
+    assert files.read().epoch == epoch and written() == before
+
+
+def test_an_alias_that_moves_is_followed_without_a_put_and_never_unanswered(
+    endpoint: Endpoint, adapter_root: Path, base: Path
+) -> None:
+    from serve.gateway import ROUTES_AGE_S  # imports ray.serve
+
+    registry = endpoint.registry
+
+    def publish(family: str, source: str, like: str) -> None:
+        manifest = registry.manifest(ModelRef.parse(like))
+        draft = manifest.model_dump(include=set(ManifestDraft.model_fields))
+        registry.publish(family, adapter_root / source, ManifestDraft.model_validate(draft))
+
+    publish("green", "red1", "red@1")
+    registry.set_alias("green", "production", 1)
+    put = endpoint.put("green", "green@production").json()
+    assert (put["model"], put["follows"]) == ("green@1", "green@production")
+    one = endpoint.ask("green")
+
+    publish("green", "blue3", "blue@1")
+    registry.set_alias("green", "production", 2)
+    assert max(ROUTES_AGE_S, POLL_EVERY_S) <= 1.0  # the gateway asks for aliases, then a replica for what is wanted
+    began = time.monotonic()
+    wait_until(lambda: endpoint.post(model="green", max_tokens=1).raise_for_status().json()["model"] == "green@2", "it is followed")  # fmt: skip
+    print(f"the alias was followed after {time.monotonic() - began:.2f} s")
+    assert endpoint.ask("green@production") == endpoint.ask("green@2") == pefts_answer(base, adapter_root / "blue3")
+    assert endpoint.ask("green") != one
+
+    publish("green", "foreign5", "foreign@1")
+    registry.set_alias("green", "production", 3)  # cannot be served here
+
+    def detail() -> str:
+        assert endpoint.post(model="green", max_tokens=1).json()["model"] == "green@2"
+        (row,) = endpoint.http.get("/v1/adapters").json()["data"]
+        return str(row["detail"])
+
+    wait_until(lambda: "ffffffffffff" in detail(), "the reason is told")
+    clear(endpoint)

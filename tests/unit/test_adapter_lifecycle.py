@@ -5,7 +5,7 @@ import random
 import pytest
 
 from serve.adapters import SLICE_S, AdapterState, AdapterTable, Fetch, Load, Unload
-from serve.routing import Registered
+from serve.routing import Registered, Source
 from service.errors import ConflictError, ModelError, NotFoundError
 
 RANKS = {"a1": 8, "a2": 8, "b1": 8, "c1": 16, "huge": 64}
@@ -392,3 +392,16 @@ def test_any_order_of_events_keeps_what_runs_resident_and_ends_clean() -> None:
         bench.release(running.pop())
     assert bench.bank == {}
     assert bench.table.adapters == {}
+
+
+def test_the_same_content_from_registry_and_uri_is_one_adapter_and_comes_from_whoever_still_names_it() -> None:
+    source = Source(uri="/adapters/a", base_digest="b", files={})
+    pinned = Registered(model="mine@sha256-a1", digest="a1", source=source)
+    both = {"mine": pinned, **registered(a="a1")}
+    for labels in (both, dict(reversed(both.items()))):
+        table = AdapterTable(16)
+        table.want(1, labels)
+        assert table.next_action(16, 0.0) == Fetch("a1", "a@1", None)
+        table.want(2, {"mine": pinned})
+        assert list(table.adapters) == ["a1"]
+        assert table.next_action(16, 0.0) == Fetch("a1", "mine@sha256-a1", source)

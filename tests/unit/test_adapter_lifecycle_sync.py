@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from serve.adapter_sync import AdapterSync
+from serve.adapter_uris import AdapterUris
 from serve.desired import EndpointFiles, ReplicaReport
 from serve.registration import register
 from serve.routing import Registered
 from service.domain import Manifest
 from service.inference.engine import AdapterInfo, EngineStats, GenerationRequest, OnChunk
-from service.registry import ManifestDraft, Registry
+from service.registry import ManifestDraft, Registry, model_digest
 
 BASE = "b" * 64
 DEADLINE_S = 20.0
@@ -75,8 +77,10 @@ def entry(manifest: Manifest) -> Registered:
 
 
 @contextmanager
-def running(engine: SlowEngine, files: EndpointFiles, cache: Path) -> Iterator[AdapterSync]:
-    sync = AdapterSync(engine, files, BASE, "r1", cache, heartbeat_every_s=0.02)
+def running(
+    engine: SlowEngine, files: EndpointFiles, cache: Path, uris: AdapterUris | None = None
+) -> Iterator[AdapterSync]:
+    sync = AdapterSync(engine, files, BASE, "r1", cache, uris or AdapterUris(), heartbeat_every_s=0.02)
     sync.start()
     try:
         yield sync
@@ -123,3 +127,33 @@ def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(
     assert adapter.state == "refused"
     assert "null" in adapter.detail
     assert "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("base", "roots", "config", "state", "said"),
+    [
+        (BASE, "source", {}, "resident", ""),
+        ("c" * 64, "source", {}, "refused", "made for base model cccccccccccc"),
+        (BASE, "elsewhere", {}, "refused", "outside the directories"),
+        (BASE, "source", {"r": 17}, "refused", "needs 17 columns"),
+        (BASE, "source", {"rank_pattern": {"q_proj": 99}}, "refused", "needs 99 columns"),
+        (BASE, "source", {"use_dora": True}, "refused", "DoRA"),
+    ],
+)
+def test_a_replica_looks_at_an_adapter_from_a_uri_for_itself(
+    base: str, roots: str, config: dict[str, object], state: str, said: str, tmp_path: Path
+) -> None:
+    """It may have been registered by a gateway of another configuration, or for another base under the same endpoint."""
+    files, engine, source = EndpointFiles(str(tmp_path), "e"), SlowEngine(), tmp_path / "source"
+    source.mkdir()
+    whole = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}
+    (source / "adapter_config.json").write_text(json.dumps(whole))
+    (source / "adapter_model.safetensors").write_bytes(b"weights")
+    uris = AdapterUris((str(source),))
+    pinned = uris.pin(uris.look(str(source)), base)
+    digest = model_digest(pinned.files)
+    engine.may_load.set()
+    with running(engine, files, tmp_path / "cache", AdapterUris((str(tmp_path / roots),))):
+        register(files, {"mine": Registered(model="mine@sha256-1", digest=digest, source=pinned)})
+        report = report_when(files, lambda r: digest in r.adapters and r.adapters[digest].state == state)
+    assert said in report.adapters[digest].detail

@@ -290,7 +290,8 @@ def test_a_serve_file_is_read_with_its_defaults(tmp_path: Path) -> None:
 
 def test_all_problems_of_a_serve_file_are_told_at_once(tmp_path: Path) -> None:
     file = tmp_path / "serve.yaml"
-    file.write_text("endpoint: ../x\nport: 70000\nengine: {slot: 4}\nadapters: tickets@1\n")
+    wrong = "endpoint: ../x\nport: 70000\nengine: {slot: 4}\nadapters: tickets@1\n"
+    file.write_text(f"{wrong}adapter_roots: /mnt/adapters\nadapter_max_bytes: 0\n")
     with pytest.raises(ConfigError) as caught:
         load_serve(str(file))
     for key in (
@@ -299,6 +300,8 @@ def test_all_problems_of_a_serve_file_are_told_at_once(tmp_path: Path) -> None:
         "port",
         "engine.slot: unknown key. Did you mean engine.slots?",
         "adapters",
+        "adapter_roots",
+        "adapter_max_bytes",
     ):
         assert f"  {key}" in str(caught.value)
 

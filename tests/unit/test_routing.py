@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from serve.routing import Arm, Registered, Routes, Split, UnknownModelError, resolve
+from serve.routing import Arm, Registered, Routes, Source, Split, UnknownModelError, resolve
 
 ROUTES = Routes(
     base="tiny",
@@ -158,3 +158,31 @@ def test_an_arm_of_another_base_is_refused_and_an_arm_without_weight_gets_nobody
     with pytest.raises(UnknownModelError, match="another base model"):
         resolve("x", Routes("tiny", "b0", splits={"x": old}), "user-1")
     assert _split(a=0, b=1).arm_of(None) == "b"
+
+
+def test_an_adapter_from_a_uri_answers_to_its_label_and_to_its_exact_name_only() -> None:
+    source = Source(uri="/adapters/mine", base_digest="b0", files={})
+    entry = Registered(model="mine@sha256-123456789012", digest="m1", source=source)
+    routes = Routes("tiny", "b0", {"mine": entry}, {})
+    by_label, exact = resolve("mine", routes), resolve("mine@sha256-123456789012", routes)
+    assert (by_label.model, by_label.digest, by_label.label) == (entry.model, "m1", "mine")
+    assert (exact.model, exact.digest, exact.label) == (entry.model, "m1", None)
+    assert ("mine@sha256-123456789012", "m1") in routes.names()
+    for name in ("mine@123456789012", "mine@sha256-123456789013", "mine@production", "mine@1"):
+        with pytest.raises(UnknownModelError):
+            resolve(name, routes)
+
+
+def test_an_alias_that_has_moved_is_answered_by_who_follows_it_until_that_has_followed() -> None:
+    entry = Registered(model="tickets@1", digest="t1", follows="tickets@production")
+    before = Routes("tiny", "b0", {"tickets": entry}, {"tickets": {"production": 2, "canary": 3}})
+    for name in ("tickets", "tickets@production"):
+        target = resolve(name, before)
+        assert (target.model, target.digest, target.label) == ("tickets@1", "t1", "tickets")
+    with pytest.raises(UnknownModelError):
+        resolve("tickets@canary", before)  # nobody here follows that one
+    followed = entry.model_copy(update={"model": "tickets@2", "digest": "t2"})
+    target = resolve("tickets", Routes("tiny", "b0", {"tickets": followed}, before.aliases))
+    assert (target.model, target.label) == ("tickets@2", "tickets"), (
+        "while tickets@2 loads, the label's old one answers"
+    )

@@ -8,7 +8,7 @@ import pytest
 
 from serve.desired import Desired
 from serve.registration import withdrawn
-from serve.routing import Arm, Registered
+from serve.routing import Arm, Registered, Source
 from serve.splits import DEFAULT_KEY, key_of, parse_split, with_split, without_split
 from service.errors import ConflictError, NotFoundError, RequestError
 
@@ -97,3 +97,14 @@ def test_a_version_that_a_split_needs_cannot_be_withdrawn() -> None:
     assert withdrawn(twice, "mine").model == "tickets@3"
     with pytest.raises(NotFoundError):
         withdrawn(desired, "nobody")
+
+
+def test_an_arm_from_a_uri_is_registered_as_it_is_pinned_or_not_at_all() -> None:
+    source = Source(uri="/adapters/mine", base_digest="b", files={})
+    entry = Registered(model="mine@sha256-1", digest="d1", pin=True, source=source)
+    wanted = parse_split({"arms": {"mine": {"model": "mine@sha256-1", "weight": 1}}})
+    arms = {"mine": Arm(model="mine@sha256-1", digest="d1", weight=1)}
+    split = with_split(Desired(epoch=7, adapters={"mine": entry}), "half", wanted, arms)
+    assert split.adapters["mine@sha256-1"] == entry.model_copy(update={"since": 7, "pin": False})
+    with pytest.raises(ConflictError, match="replaced or deleted"):
+        with_split(Desired(epoch=8), "half", wanted, arms)

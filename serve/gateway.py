@@ -26,6 +26,7 @@ from serve.metrics import Metrics
 from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
+from serve.openapi import document
 from serve.parts import Started
 from serve.registration import Registration, register, registrable, withdrawn
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
@@ -56,11 +57,18 @@ class Gateway:
         self._registry = Registry(files.home)
         self._engine = engine.options(stream=True)
         self._created = int(time.time())
+        self._document = document(with_keys=bool(keys))
         self._metrics = Metrics()
         self._known: tuple[Routes, int] | None = None
         self._known_at = 0.0
         self._changed_at = 0.0  # when this gateway last changed what is wanted
         self._refreshing = asyncio.Lock()
+
+    @http.get("/openapi.json")
+    async def openapi(self, request: Request) -> Response:
+        """What every route takes and answers, as OpenAPI 3.1."""
+        http_body.allow(request, self._keys, "infer")
+        return JSONResponse(self._document)
 
     @http.get("/healthz")
     async def healthz(self, request: Request) -> Response:

@@ -15,8 +15,9 @@ from serve.openai_answers import ignored_header
 from service.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 2**20
+WAITS = ("resident", "all_replicas")
 _WAIT_S = 60.0
-_LONGEST_WAIT_S = 3600.0
+LONGEST_WAIT_S = 3600.0
 # Loopback alone keeps no browser out: a web page can have its own host name resolve to 127.0.0.1 (DNS rebinding). Its
 # requests carry that name. Where there are keys, a page does not have one.
 _LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?", re.ASCII)
@@ -81,7 +82,7 @@ class Wait:
 def wait_of(request: Request) -> Wait | None:
     """`?wait=resident` or `?wait=all_replicas`, with or without a timeout; None = not at all."""
     wait, given = request.query_params.get("wait"), request.query_params.get("timeout")
-    if wait not in (None, "resident", "all_replicas"):
+    if wait not in (None, *WAITS):
         raise RequestError(
             f"wait: {wait!r} is unknown. Write ?wait=resident or ?wait=all_replicas, or leave it out.", "wait"
         )
@@ -93,6 +94,6 @@ def wait_of(request: Request) -> Wait | None:
         timeout_s = float(given)
     except ValueError:
         timeout_s = math.nan
-    if not 0 < timeout_s <= _LONGEST_WAIT_S:
-        raise RequestError(f"timeout: {given!r} must be seconds above 0, at most {_LONGEST_WAIT_S:g}.", "timeout")
+    if not 0 < timeout_s <= LONGEST_WAIT_S:
+        raise RequestError(f"timeout: {given!r} must be seconds above 0, at most {LONGEST_WAIT_S:g}.", "timeout")
     return Wait(wait == "all_replicas", timeout_s)

@@ -1,0 +1,129 @@
+"""Cases that schemathesis makes of an endpoint's own document, sent over HTTP: every answer must be one that is documented.
+
+Left alone nearly all would be refused with 404, and the rest generate for hours. `_aim` gives names that exist to most of
+them, keeps answers to a few tokens, and lets few wait for an adapter.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.schemas import APIOperation
+from schemathesis.specs.openapi import checks as of_openapi
+
+from tests.integration.serving import DEADLINE_S
+
+CHECKS: list[Any] = [
+    not_a_server_error,
+    of_openapi.status_code_conformance,
+    of_openapi.content_type_conformance,
+    of_openapi.response_headers_conformance,
+    of_openapi.response_schema_conformance,
+    of_openapi.negative_data_rejection,
+]
+_THREADS = (
+    3  # that send; the cases are made in one, for CPython 3.11's parser, which Hypothesis calls, fails in several
+)
+_NAMES = ("base", "red", "blue", "support", "red@1")
+_MODELS = ("red@1", "red@2", "blue@1", "foreign@1")
+_AIMED, _WAITING = 0.75, 0.02  # shares of the cases
+_MAX_TOKENS, _MAX_N, _WAIT_S = 4, 3, 20.0
+
+Seen = Counter[tuple[str, str, int]]  # cases by operation, mode and status
+
+
+def send_cases(url: str, total: int) -> Seen:
+    """About `total` cases over all operations, half of them against the document. Raises schemathesis' own failures.
+
+    Operations without parameters have one case. The same cases every time.
+    """
+    document = requests.get(f"{url}/openapi.json", timeout=DEADLINE_S).json()
+    operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
+    with_input = [o for o in operations if o.body or any(True for _ in o.iter_parameters())]
+    each = -(-(total - len(operations) + len(with_input)) // (2 * len(with_input)))
+    jobs = [(o, mode, each) for o in with_input for mode in GenerationMode]
+    jobs += [(o, GenerationMode.POSITIVE, 1) for o in operations if o not in with_input]
+    seen: Seen = Counter()
+    with ThreadPoolExecutor(_THREADS) as pool, requests.Session() as session:
+
+        def answer(case: Case) -> int:
+            return case.call_and_validate(url, session, checks=CHECKS, timeout=DEADLINE_S).status_code
+
+        for operation, mode, number in jobs:
+            chance = random.Random(operation.label)
+            sent: list[Future[int]] = []
+
+            def send(case: Case, chance: random.Random = chance, sent: list[Future[int]] = sent) -> None:
+                _aim(case, chance)
+                sent.append(pool.submit(answer, case))
+
+            _make(operation, mode, number, send)  # in this thread; what is made already is being answered
+            seen.update((operation.label, mode.value, one.result()) for one in sent)
+    return seen
+
+
+def _make(operation: APIOperation, mode: GenerationMode, number: int, send: Callable[[Case], None]) -> None:
+    """So many cases of one operation; none where nothing can be wrong with it."""
+
+    @settings(
+        max_examples=number,
+        database=None,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def make(case: Case) -> None:
+        send(case)
+
+    try:
+        make()
+    except Unsatisfiable:
+        assert mode is GenerationMode.NEGATIVE
+
+
+def _aim(case: Case, chance: random.Random) -> None:
+    body, query = case.body, case.query
+    if isinstance(body, dict) and case.operation.path.endswith("/completions"):
+        _shorten(body)
+    if query and "wait" in query and chance.random() > _WAITING:
+        del query["wait"]
+        query.pop("timeout", None)
+    elif query and "timeout" in query:
+        query["timeout"] = _WAIT_S
+    if chance.random() > _AIMED:
+        return
+    if isinstance(body, dict):
+        if isinstance(body.get("model"), str) and body["model"]:
+            body["model"] = chance.choice(_MODELS if case.method == "PUT" else _NAMES)
+        if isinstance(body.get("arms"), dict):
+            for arm in body["arms"].values():
+                if isinstance(arm, dict) and isinstance(arm.get("model"), str) and arm["model"]:
+                    arm["model"] = chance.choice(_MODELS[:3])
+    if query and isinstance(query.get("model"), str) and query["model"]:
+        query["model"] = chance.choice(_NAMES)
+    if "name" in case.path_parameters:
+        case.path_parameters["name"] = "support" if "splits" in case.operation.path else chance.choice(_NAMES)
+    if "endpoint" in case.path_parameters:
+        case.path_parameters["endpoint"] = "test"
+
+
+def _shorten(body: dict[str, Any]) -> None:
+    """Few tokens and few answers, where the fields are right; absent, `max_tokens` would fill the context."""
+    for field, most in (("max_tokens", _MAX_TOKENS), ("max_completion_tokens", _MAX_TOKENS), ("n", _MAX_N)):
+        value = body.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            body[field] = min(value, most)
+    if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+        body["max_tokens"] = _MAX_TOKENS

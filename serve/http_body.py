@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from serve.api_keys import ApiKey, key_for
 from serve.openai_answers import ignored_header
 from service.errors import RequestError
 
 MAX_BODY_BYTES = 4 * 2**20
+BODY_LIMIT_S = 60.0  # 4 MiB within it are 0.6 Mbit/s
 WAITS = ("resident", "all_replicas")
 _WAIT_S = 60.0
 LONGEST_WAIT_S = 3600.0
@@ -22,6 +24,8 @@ LONGEST_WAIT_S = 3600.0
 # requests carry that name. Where there are keys, a page does not have one.
 _LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]+)?", re.ASCII)
 _BEARER = {"www-authenticate": "Bearer"}
+# Ray Serve's proxy takes this from anybody (it is meant for a load balancer of its own): nobody would see its sender go.
+_UNSEEN = "x-request-disconnect-disabled"
 
 
 def allow(request: Request, keys: tuple[ApiKey, ...], scope: str | None) -> None:
@@ -29,6 +33,8 @@ def allow(request: Request, keys: tuple[ApiKey, ...], scope: str | None) -> None
 
     `scope` None lets everybody in who reaches the endpoint.
     """
+    if _UNSEEN in request.headers:
+        raise HTTPException(400, f"the header {_UNSEEN} is not taken here. Leave it out.")
     if not keys:
         if not _LOCAL_HOST.fullmatch(request.headers.get("host", "")):
             raise HTTPException(400, "Invalid host header")
@@ -42,16 +48,22 @@ def allow(request: Request, keys: tuple[ApiKey, ...], scope: str | None) -> None
         raise HTTPException(403, f"API key {key.name!r} lacks the scope {scope!r}. Use one that has it.")
 
 
-async def read(request: Request) -> bytes:
-    """The body. 415 unless it is JSON, 413 beyond MAX_BODY_BYTES, without reading further."""
+async def read(request: Request, limit_s: float = BODY_LIMIT_S) -> bytes:
+    """The body. 415 unless it is JSON, 413 beyond MAX_BODY_BYTES, without reading further, 408 if it takes too long."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise HTTPException(415, f"the body is {kind or 'of no declared type'}. Send content-type: application/json.")
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes, the most this endpoint takes.")
+    try:
+        async with asyncio.timeout(limit_s):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes, the most that is taken.")
+    except TimeoutError:
+        raise HTTPException(408, f"the body had not arrived after {limit_s:g} s. Send it at once.") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the client went away before its body was complete.") from None
     return bytes(body)
 
 

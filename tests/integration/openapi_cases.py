@@ -14,13 +14,14 @@ from typing import Any
 
 import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import Case, GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi import checks as of_openapi
 
+from serve.openai_api import CHAT
 from tests.integration.serving import DEADLINE_S
 
 CHECKS: list[Any] = [
@@ -37,6 +38,7 @@ _THREADS = (
 _NAMES = ("base", "red", "blue", "support", "red@1")
 _MODELS = ("red@1", "red@2", "blue@1", "foreign@1")
 _AIMED, _WAITING = 0.75, 0.02  # shares of the cases
+_EACH_ROUND = 100
 _MAX_TOKENS, _MAX_N, _WAIT_S = 4, 3, 20.0
 
 Seen = Counter[tuple[str, str, int]]  # cases by operation, mode and status
@@ -51,35 +53,43 @@ def send_cases(url: str, total: int) -> Seen:
     operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
     with_input = [o for o in operations if o.body or any(True for _ in o.iter_parameters())]
     each = -(-(total - len(operations) + len(with_input)) // (2 * len(with_input)))
-    jobs = [(o, mode, each) for o in with_input for mode in GenerationMode]
-    jobs += [(o, GenerationMode.POSITIVE, 1) for o in operations if o not in with_input]
+    num_rounds = max(1, each // _EACH_ROUND)  # what one operation has changed, the others find
+    jobs = [
+        (o, mode, each // num_rounds + (number < each % num_rounds), number)
+        for number in range(num_rounds)
+        for o in with_input
+        for mode in GenerationMode
+    ]
+    jobs += [(o, GenerationMode.POSITIVE, 1, 0) for o in operations if o not in with_input]
     seen: Seen = Counter()
     with ThreadPoolExecutor(_THREADS) as pool, requests.Session() as session:
 
         def answer(case: Case) -> int:
             return case.call_and_validate(url, session, checks=CHECKS, timeout=DEADLINE_S).status_code
 
-        for operation, mode, number in jobs:
-            chance = random.Random(operation.label)
+        for operation, mode, number, round_number in jobs:
+            chance = random.Random(f"{operation.label} {round_number}")
             sent: list[Future[int]] = []
 
-            def send(case: Case, chance: random.Random = chance, sent: list[Future[int]] = sent) -> None:
-                _aim(case, chance)
+            def send(case: Case, mode: GenerationMode = mode, chance: Any = chance, sent: Any = sent) -> None:
+                _aim(case, mode, chance)
                 sent.append(pool.submit(answer, case))
 
-            _make(operation, mode, number, send)  # in this thread; what is made already is being answered
+            _make(operation, mode, number, round_number, send)  # in this thread; what is made already is being answered
             seen.update((operation.label, mode.value, one.result()) for one in sent)
     return seen
 
 
-def _make(operation: APIOperation, mode: GenerationMode, number: int, send: Callable[[Case], None]) -> None:
+def _make(
+    operation: APIOperation, mode: GenerationMode, number: int, round_number: int, send: Callable[[Case], None]
+) -> None:
     """So many cases of one operation; none where nothing can be wrong with it."""
 
+    @seed(round_number)
     @settings(
         max_examples=number,
         database=None,
         deadline=None,
-        derandomize=True,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
@@ -93,10 +103,15 @@ def _make(operation: APIOperation, mode: GenerationMode, number: int, send: Call
         assert mode is GenerationMode.NEGATIVE
 
 
-def _aim(case: Case, chance: random.Random) -> None:
+def _aim(case: Case, mode: GenerationMode, chance: random.Random) -> None:
+    """What is against the document stays so: there, nothing is changed but what is right and would take long."""
     body, query = case.body, case.query
     if isinstance(body, dict) and case.operation.path.endswith("/completions"):
         _shorten(body)
+    if "endpoint" in case.path_parameters and chance.random() < _AIMED:
+        case.path_parameters["endpoint"] = "test"  # any text is right there
+    if mode is GenerationMode.NEGATIVE:
+        return
     if query and "wait" in query and chance.random() > _WAITING:
         del query["wait"]
         query.pop("timeout", None)
@@ -105,25 +120,20 @@ def _aim(case: Case, chance: random.Random) -> None:
     if chance.random() > _AIMED:
         return
     if isinstance(body, dict):
-        if isinstance(body.get("model"), str) and body["model"]:
+        if "model" in body:
             body["model"] = chance.choice(_MODELS if case.method == "PUT" else _NAMES)
-        if isinstance(body.get("arms"), dict):
-            for arm in body["arms"].values():
-                if isinstance(arm, dict) and isinstance(arm.get("model"), str) and arm["model"]:
-                    arm["model"] = chance.choice(_MODELS[:3])
-    if query and isinstance(query.get("model"), str) and query["model"]:
+        for arm in body.get("arms", {}).values():
+            arm["model"] = chance.choice(_MODELS[:3])
+    if query and "model" in query:
         query["model"] = chance.choice(_NAMES)
     if "name" in case.path_parameters:
         case.path_parameters["name"] = "support" if "splits" in case.operation.path else chance.choice(_NAMES)
-    if "endpoint" in case.path_parameters:
-        case.path_parameters["endpoint"] = "test"
 
 
 def _shorten(body: dict[str, Any]) -> None:
-    """Few tokens and few answers, where the fields are right; absent, `max_tokens` would fill the context."""
+    """Few tokens and few answers; left out, `max_tokens` would fill the context."""
     for field, most in (("max_tokens", _MAX_TOKENS), ("max_completion_tokens", _MAX_TOKENS), ("n", _MAX_N)):
-        value = body.get(field)
-        if isinstance(value, int) and not isinstance(value, bool):
-            body[field] = min(value, most)
+        if field in body and CHAT[field].takes(body[field]):
+            body[field] = min(body[field], most)
     if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
         body["max_tokens"] = _MAX_TOKENS

@@ -1,4 +1,7 @@
-"""The outside of a request: host, API key, body within limits, `x-loray-*` headers, query. Knows Starlette, nothing of models."""
+"""The outside of a request: host, API key, body within limits, `x-loray-*` headers, query.
+
+Knows Starlette, and how Ray says that a client has gone; nothing of models.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
@@ -62,7 +66,7 @@ async def read(request: Request, limit_s: float = BODY_LIMIT_S) -> bytes:
                     raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes, the most that is taken.")
     except TimeoutError:
         raise HTTPException(408, f"the body had not arrived after {limit_s:g} s. Send it at once.") from None
-    except ClientDisconnect:
+    except (ClientDisconnect, TaskCancelledError):  # the second where Ray Serve is first to cancel what it asked for
         raise HTTPException(400, "the client went away before its body was complete.") from None
     return bytes(body)
 

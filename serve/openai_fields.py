@@ -19,9 +19,9 @@ _MAX_KEY = 200
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises RequestError on anything else: NaN, Infinity and double keys included."""
+    """The JSON object in `body`, UTF-8. Raises RequestError on anything else: NaN, Infinity and double keys included."""
     try:
-        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_unique)
     except RequestError:
         raise
     except RecursionError:

@@ -101,7 +101,7 @@ def listed(item: Kind, least: int = 0, most: int | None = None, *, required: boo
     schema: dict[str, Any] = {"type": "array", "items": item.schema, "minItems": least}
     if most is not None:
         schema["maxItems"] = most
-    return Kind(f"a list of {sizes}, each {item.wanted}", schema, takes, required=required)
+    return Kind(f"a list of {sizes} items, each {item.wanted}", schema, takes, required=required)
 
 
 def mapped(keys: str, pattern: str, item: Kind, most: int) -> Kind:

@@ -306,7 +306,7 @@ class _Reader(Fields):
 
     def prompts(self) -> tuple[Prompt, ...]:
         value = self.values["prompt"] or []
-        several = [value] if isinstance(value, str) or _TOKENS.takes(value) else value
+        several = [value] if isinstance(value, str) or (value and isinstance(value[0], int)) else value
         return tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in several)
 
     def max_tokens(self) -> tuple[int | None, str]:

@@ -112,9 +112,7 @@ def _paths(with_keys: bool) -> dict[str, Any]:
         key,
     )
     return {
-        "/openapi.json": {
-            "get": operation("openapi", "This document.", "infer", {200: _json(_object(_open=True, openapi=_STRING))})
-        },
+        "/openapi.json": {"get": operation("openapi", "This document.", "infer", {200: _json({"type": "object"})})},
         "/healthz": {
             "get": operation("healthz", "Whether a replica of the engine is alive.", None, {200: _json(_ref("Health"))})
         },
@@ -351,7 +349,8 @@ def _generated(whole: str, headers: tuple[str, ...]) -> Schema:
     """A completion; with `stream: true` events of `whole`Chunk, of an Error where one comes on the way, then [DONE]."""
     chunk = {"anyOf": [_ref(f"{whole}Chunk"), _ref("Error")]}
     data = {"anyOf": [_const("[DONE]"), {"contentMediaType": "application/json", "contentSchema": chunk}]}
-    events = {"text/event-stream": {"schema": _object(_open=True, data={**_STRING, **data})}}
+    event = {"type": "object", "properties": {"data": {**_STRING, **data}}, "required": ["data"]}
+    events = {"text/event-stream": {"schema": event}}
     return _answer({"application/json": {"schema": _ref(whole)}, **events}, "The answers.", headers)
 
 
@@ -373,10 +372,10 @@ def _ref(name: str) -> Schema:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-def _object(*, _optional: Mapping[str, Schema] | None = None, _open: bool = False, **properties: Schema) -> Schema:
-    """An object of exactly these; those of `_optional` may be absent, and others there where it is `_open`."""
-    made = {"type": "object", "properties": {**properties, **(_optional or {})}, "required": list(properties)}
-    return made if _open else {**made, "additionalProperties": False}
+def _object(*, _optional: Mapping[str, Schema] | None = None, **properties: Schema) -> Schema:
+    """An object of exactly these; those of `_optional` may be absent."""
+    shown = {**properties, **(_optional or {})}
+    return {"type": "object", "properties": shown, "required": list(properties), "additionalProperties": False}
 
 
 def _list(item: Schema, **more: Schema) -> Schema:

@@ -42,6 +42,7 @@ _EACH_ROUND = 100
 _MAX_TOKENS, _MAX_N, _WAIT_S = 4, 3, 20.0
 
 Seen = Counter[tuple[str, str, int]]  # cases by operation, mode and status
+Operation = APIOperation[Any, Any, Any, Any]
 
 
 def send_cases(url: str, total: int) -> Seen:
@@ -50,7 +51,8 @@ def send_cases(url: str, total: int) -> Seen:
     Operations without parameters have one case. The same cases every time.
     """
     document = requests.get(f"{url}/openapi.json", timeout=DEADLINE_S).json()
-    operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
+    schema = schemathesis.openapi.from_dict(document)
+    operations: list[Operation] = [schema[path][method] for path, item in document["paths"].items() for method in item]
     with_input = [o for o in operations if o.body or any(True for _ in o.iter_parameters())]
     each = -(-(total - len(operations) + len(with_input)) // (2 * len(with_input)))
     num_rounds = max(1, each // _EACH_ROUND)  # what one operation has changed, the others find
@@ -64,14 +66,14 @@ def send_cases(url: str, total: int) -> Seen:
     seen: Seen = Counter()
     with ThreadPoolExecutor(_THREADS) as pool, requests.Session() as session:
 
-        def answer(case: Case) -> int:
+        def answer(case: Case[Any]) -> int:
             return case.call_and_validate(url, session, checks=CHECKS, timeout=DEADLINE_S).status_code
 
         for operation, mode, number, round_number in jobs:
             chance = random.Random(f"{operation.label} {round_number}")
             sent: list[Future[int]] = []
 
-            def send(case: Case, mode: GenerationMode = mode, chance: Any = chance, sent: Any = sent) -> None:
+            def send(case: Case[Any], mode: GenerationMode = mode, chance: Any = chance, sent: Any = sent) -> None:
                 _aim(case, mode, chance)
                 sent.append(pool.submit(answer, case))
 
@@ -81,7 +83,7 @@ def send_cases(url: str, total: int) -> Seen:
 
 
 def _make(
-    operation: APIOperation, mode: GenerationMode, number: int, round_number: int, send: Callable[[Case], None]
+    operation: Operation, mode: GenerationMode, number: int, round_number: int, send: Callable[[Case[Any]], None]
 ) -> None:
     """So many cases of one operation; none where nothing can be wrong with it."""
 
@@ -94,7 +96,7 @@ def _make(
         suppress_health_check=list(HealthCheck),
     )
     @given(case=operation.as_strategy(generation_mode=mode))
-    def make(case: Case) -> None:
+    def make(case: Case[Any]) -> None:
         send(case)
 
     try:
@@ -103,9 +105,10 @@ def _make(
         assert mode is GenerationMode.NEGATIVE
 
 
-def _aim(case: Case, mode: GenerationMode, chance: random.Random) -> None:
+def _aim(case: Case[Any], mode: GenerationMode, chance: random.Random) -> None:
     """What is against the document stays so: there, nothing is changed but what is right and would take long."""
-    body, query = case.body, case.query
+    body: Any = case.body
+    query = case.query
     if isinstance(body, dict) and case.operation.path.endswith("/completions"):
         _shorten(body)
     if "endpoint" in case.path_parameters and chance.random() < _AIMED:

@@ -57,7 +57,7 @@ class Gateway:
         self._registry = Registry(files.home)
         self._engine = engine.options(stream=True)
         self._created = int(time.time())
-        self._document = document(with_keys=bool(keys))
+        self._document = document(files.endpoint, with_keys=bool(keys))
         self._metrics = Metrics()
         self._known: tuple[Routes, int] | None = None
         self._known_at = 0.0

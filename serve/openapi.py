@@ -47,8 +47,8 @@ _NUMBER: Schema = {"type": "number"}
 _NULL: Schema = {"type": "null"}
 
 
-def document(*, with_keys: bool) -> dict[str, Any]:
-    """The whole document, for an endpoint with API keys or without any."""
+def document(endpoint: str, *, with_keys: bool) -> dict[str, Any]:
+    """The whole document of the endpoint of this name, with API keys or without any."""
     components: dict[str, Any] = {"schemas": _schemas(), "responses": _errors()}
     if with_keys:
         components["securitySchemes"] = {
@@ -62,12 +62,12 @@ def document(*, with_keys: bool) -> dict[str, Any]:
             "description": "OpenAI's API beside the adapters and splits of an endpoint. Fields that a body is not known to "
             "have are ignored and named in `x-loray-ignored`; `x-loray-strict: true` makes them an error. Integers are written without a point.",
         },
-        "paths": _paths(with_keys),
+        "paths": _paths(endpoint, with_keys),
         "components": components,
     }
 
 
-def _paths(with_keys: bool) -> dict[str, Any]:
+def _paths(endpoint: str, with_keys: bool) -> dict[str, Any]:
     def operation(
         name: str,
         summary: str,
@@ -92,7 +92,7 @@ def _paths(with_keys: bool) -> dict[str, Any]:
 
     ignored, by_model = ("x-loray-ignored",), ("x-loray-ignored", "x-loray-model", "x-loray-split", "x-loray-arm")
     adapter = _parameter("path", "name", {"type": "string", "minLength": 1, "maxLength": MAX_NAME})
-    endpoint, split = _parameter("path", "endpoint", _STRING), _parameter("path", "name", NAME_SCHEMA)
+    here, split = _parameter("path", "endpoint", {"enum": [endpoint]}), _parameter("path", "name", NAME_SCHEMA)
     strict = _parameter("header", "x-loray-strict", {"enum": ["true", "false"]}, "true: unknown fields are an error")
     key = _parameter("header", "x-loray-key", _STRING, "the key by which a split chooses, where it names no other")
     waiting = (
@@ -190,7 +190,7 @@ def _paths(with_keys: bool) -> dict[str, Any]:
                 "admin",
                 {200: _json(_ref("SplitList"))},
                 (404,),
-                parameters=(endpoint,),
+                parameters=(here,),
             )
         },
         "/v1/endpoints/{endpoint}/splits/{name}": {
@@ -201,7 +201,7 @@ def _paths(with_keys: bool) -> dict[str, Any]:
                 {200: _json(_ref("Split"), headers=ignored)},
                 (404, 409),
                 "SplitRequest",
-                (endpoint, split, strict),
+                (here, split, strict),
             ),
             "delete": operation(
                 "delete_split",
@@ -209,7 +209,7 @@ def _paths(with_keys: bool) -> dict[str, Any]:
                 "admin",
                 {200: _json(_ref("DeletedSplit"))},
                 (404, 409),
-                parameters=(endpoint, split),
+                parameters=(here, split),
             ),
         },
     }

@@ -6,6 +6,7 @@ them, keeps answers to a few tokens, and lets few wait for an adapter.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from schemathesis.specs.openapi import checks as of_openapi
 
 from serve.openai_api import CHAT
 from tests.integration.serving import DEADLINE_S
+from tests.integration.tiny import NUM_TOKENS
 
 CHECKS: list[Any] = [
     not_a_server_error,
@@ -45,47 +47,44 @@ Seen = Counter[tuple[str, str, int]]  # cases by operation, mode and status
 Operation = APIOperation[Any, Any, Any, Any]
 
 
-def send_cases(url: str, total: int) -> Seen:
-    """About `total` cases over all operations, half of them against the document. Raises schemathesis' own failures.
+def send_cases(url: str, total: int, prepare: Callable[[], None]) -> Seen:
+    """At least `total` cases over all operations, right ones and wrong ones. Raises schemathesis' own failures.
 
-    Operations without parameters have one case. The same cases every time.
+    The same cases every time, in rounds: what one operation has changed, the others find. `prepare` comes before each.
     """
     document = requests.get(f"{url}/openapi.json", timeout=DEADLINE_S).json()
     schema = schemathesis.openapi.from_dict(document)
     operations: list[Operation] = [schema[path][method] for path, item in document["paths"].items() for method in item]
-    with_input = [o for o in operations if o.body or any(True for _ in o.iter_parameters())]
-    each = -(-(total - len(operations) + len(with_input)) // (2 * len(with_input)))
-    num_rounds = max(1, each // _EACH_ROUND)  # what one operation has changed, the others find
-    jobs = [
-        (o, mode, each // num_rounds + (number < each % num_rounds), number)
-        for number in range(num_rounds)
-        for o in with_input
-        for mode in GenerationMode
-    ]
-    jobs += [(o, GenerationMode.POSITIVE, 1, 0) for o in operations if o not in with_input]
+    jobs = [(operation, mode) for operation in operations for mode in GenerationMode]
     seen: Seen = Counter()
     with ThreadPoolExecutor(_THREADS) as pool, requests.Session() as session:
 
         def answer(case: Case[Any]) -> int:
             return case.call_and_validate(url, session, checks=CHECKS, timeout=DEADLINE_S).status_code
 
-        for operation, mode, number, round_number in jobs:
-            chance = random.Random(f"{operation.label} {round_number}")
-            sent: list[Future[int]] = []
+        for round_number in itertools.count():
+            left = total - sum(seen.values())
+            if left <= 0:
+                return seen
+            prepare()
+            for operation, mode in jobs:
+                chance = random.Random(f"{operation.label} {round_number}")
+                sent: list[Future[int]] = []
 
-            def send(case: Case[Any], mode: GenerationMode = mode, chance: Any = chance, sent: Any = sent) -> None:
-                _aim(case, mode, chance)
-                sent.append(pool.submit(answer, case))
+                def send(case: Case[Any], mode: GenerationMode = mode, chance: Any = chance, sent: Any = sent) -> None:
+                    _aim(case, mode, chance)
+                    sent.append(pool.submit(answer, case))
 
-            _make(operation, mode, number, round_number, send)  # in this thread; what is made already is being answered
-            seen.update((operation.label, mode.value, one.result()) for one in sent)
-    return seen
+                # Made in this thread, while those before are being answered.
+                _make(operation, mode, min(_EACH_ROUND, -(-left // len(jobs))), round_number, send)
+                seen.update((operation.label, mode.value, one.result()) for one in sent)
+    raise AssertionError("rounds never end")
 
 
 def _make(
     operation: Operation, mode: GenerationMode, number: int, round_number: int, send: Callable[[Case[Any]], None]
 ) -> None:
-    """So many cases of one operation; none where nothing can be wrong with it."""
+    """At most so many cases of one operation: one that takes nothing has one, and none that is wrong."""
 
     @seed(round_number)
     @settings(
@@ -109,10 +108,9 @@ def _aim(case: Case[Any], mode: GenerationMode, chance: random.Random) -> None:
     """What is against the document stays so: there, nothing is changed but what is right and would take long."""
     body: Any = case.body
     query = case.query
-    if isinstance(body, dict) and case.operation.path.endswith("/completions"):
+    asks = isinstance(body, dict) and case.operation.path.endswith("/completions")
+    if asks:
         _shorten(body)
-    if "endpoint" in case.path_parameters and chance.random() < _AIMED:
-        case.path_parameters["endpoint"] = "test"  # any text is right there
     if mode is GenerationMode.NEGATIVE:
         return
     if query and "wait" in query and chance.random() > _WAITING:
@@ -122,6 +120,8 @@ def _aim(case: Case[Any], mode: GenerationMode, chance: random.Random) -> None:
         query["timeout"] = _WAIT_S
     if chance.random() > _AIMED:
         return
+    if asks:
+        _reconcile(body)
     if isinstance(body, dict):
         if "model" in body:
             body["model"] = chance.choice(_MODELS if case.method == "PUT" else _NAMES)
@@ -131,6 +131,24 @@ def _aim(case: Case[Any], mode: GenerationMode, chance: random.Random) -> None:
         query["model"] = chance.choice(_NAMES)
     if "name" in case.path_parameters:
         case.path_parameters["name"] = "support" if "splits" in case.operation.path else chance.choice(_NAMES)
+
+
+def _reconcile(body: dict[str, Any]) -> None:
+    """What no schema says: fields that are right only beside others, and token ids that the model has."""
+    if body.get("stream_options") is not None:
+        body["stream"] = True
+    if body.get("top_logprobs"):
+        body["logprobs"] = True
+    if body.get("max_tokens") is not None:
+        body.pop("max_completion_tokens", None)
+    if body.get("max_tokens") == 0:
+        body["echo"] = True
+    if isinstance(body.get("prompt"), list):
+        prompts = [body["prompt"]] if isinstance(body["prompt"][0], int | float) else body["prompt"]
+        # To JSON Schema 1.0 is an integer, and to the endpoint it is not.
+        body["prompt"] = [p if isinstance(p, str) else [int(token) % NUM_TOKENS for token in p] for p in prompts]
+    if body.get("logit_bias"):
+        body["logit_bias"] = {str(int(token) % NUM_TOKENS): bias for token, bias in body["logit_bias"].items()}
 
 
 def _shorten(body: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from serve.openapi import document
 from serve.splits import SPLIT, parse_split
 from service.errors import RequestError
 
-DOCUMENT = document(with_keys=False)
+DOCUMENT = document("test", with_keys=False)
 MESSAGES = [{"role": "user", "content": "Hi"}]
 ARMS = {"a": {"model": "tickets@3", "weight": 1}}
 
@@ -127,7 +127,7 @@ def test_every_schema_is_a_schema_and_every_reference_leads_somewhere() -> None:
 
 
 def test_keys_and_their_answers_are_told_where_there_are_keys() -> None:
-    locked = document(with_keys=True)
+    locked = document("test", with_keys=True)
     for path, operations in locked["paths"].items():
         for method, operation in operations.items():
             open_here = DOCUMENT["paths"][path][method]

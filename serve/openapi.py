@@ -59,8 +59,9 @@ def document(endpoint: str, *, with_keys: bool) -> dict[str, Any]:
         "info": {
             "title": "loray",
             "version": importlib.metadata.version("loray"),
-            "description": "OpenAI's API beside the adapters and splits of an endpoint. Fields that a body is not known to "
-            "have are ignored and named in `x-loray-ignored`; `x-loray-strict: true` makes them an error. Integers are written without a point.",
+            "description": "OpenAI's API beside the adapters and splits of an endpoint. Fields that a body is not known "
+            "to have are ignored and named in `x-loray-ignored`; `x-loray-strict: true` makes them an error. Integers are "
+            "written without a point.",
         },
         "paths": _paths(endpoint, with_keys),
         "components": components,

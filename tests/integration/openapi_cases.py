@@ -57,10 +57,10 @@ def send_cases(url: str, total: int, prepare: Callable[[], None]) -> Seen:
     operations: list[Operation] = [schema[path][method] for path, item in document["paths"].items() for method in item]
     jobs = [(operation, mode) for operation in operations for mode in GenerationMode]
     seen: Seen = Counter()
-    with ThreadPoolExecutor(_THREADS) as pool, requests.Session() as session:
+    with ThreadPoolExecutor(_THREADS) as pool, requests.Session() as http:
 
         def answer(case: Case[Any]) -> int:
-            return case.call_and_validate(url, session, checks=CHECKS, timeout=DEADLINE_S).status_code
+            return case.call_and_validate(url, http, checks=CHECKS, timeout=DEADLINE_S).status_code
 
         for round_number in itertools.count():
             left = total - sum(seen.values())

@@ -1,6 +1,6 @@
 """The outside of a request: host, API key, body within limits, `x-loray-*` headers, query.
 
-Knows Starlette, and how Ray says that a client has gone; nothing of models.
+Knows Starlette, nothing of Ray and of models.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ray.exceptions import TaskCancelledError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
@@ -66,7 +65,7 @@ async def read(request: Request, limit_s: float = BODY_LIMIT_S) -> bytes:
                     raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES} bytes, the most that is taken.")
     except TimeoutError:
         raise HTTPException(408, f"the body had not arrived after {limit_s:g} s. Send it at once.") from None
-    except (ClientDisconnect, TaskCancelledError):  # the second where Ray Serve is first to cancel what it asked for
+    except ClientDisconnect:
         raise HTTPException(400, "the client went away before its body was complete.") from None
     return bytes(body)
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     started = time.monotonic()
-    launcher.authenticate()  # before anything imports Ray, which reads the mode once
+    launcher.prepare_environment()  # before anything imports Ray, which reads the mode once
     try:
         settings = load_settings()
         resolved = load_run(str(RECIPES / "tickets.yaml"))

@@ -104,6 +104,11 @@ class AdapterSync:
                 "Try again, or unload others with DELETE /v1/adapters/NAME."
             ) from None
 
+    def available(self) -> list[str]:
+        """The digests of the adapters on which a request can start now."""
+        with self._lock:
+            return [digest for digest, adapter in self._table.adapters.items() if adapter.available]
+
     def release(self, answering: Target) -> None:
         """The engine has finished a request that `admit` let in."""
         with self._lock:

@@ -22,12 +22,13 @@ from typing import Any
 import ray
 import ray.serve as ray_serve
 from ray.exceptions import RayError
-from ray.serve.config import BackpressureConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 
 from serve.api_keys import VARIABLE, ApiKey, load_keys
 from serve.desired import Base, EndpointFiles
+from serve.engine_router import STATS_EVERY_S, EngineRouter
 from serve.gateway import Gateway
 from serve.registration import default_label, register, registrable
 from serve.replica import EngineReplica
@@ -45,6 +46,7 @@ _PREFIX = "loray-"
 # Reservations, not limits: gateway and engine fit on a machine of 1 CPU, and PyTorch takes `engine.threads` of them.
 _GATEWAY_CPUS = 0.1
 _ENGINE_CPUS = 0.5
+_GATEWAYS = 1  # each has a stream to a replica, which Serve counts as a request
 _START_LIMIT_S = 1800.0  # reading a 70B model from a network disk
 _ROUTE_LIMIT_S = 60.0
 _PORT_LIMIT_S = 30.0
@@ -154,16 +156,20 @@ def prepare(config: ServeConfig, settings: Settings) -> Prepared:
 def application(prepared: Prepared) -> ray_serve.Application:
     """The two deployments, bound. Limits are explicit: what exceeds them is answered 429, not queued for ever."""
     config, slots = prepared.config, prepared.config.engine.slots
-    num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.replicas else 0
+    num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.min_replicas else 0
     engine = ray_serve.deployment(
         name="Engine",
-        num_replicas=config.replicas,
+        **_scale(config),
         ray_actor_options={
             "num_cpus": _ENGINE_CPUS,
             "num_gpus": num_gpus,
             "runtime_env": {"env_vars": launcher.ALLOCATOR},
         },
-        max_ongoing_requests=8 * slots,  # the engine batches `slots` of them; the next, of every adapter, are at hand
+        # The engine batches `slots` of them; the next, of every adapter, are at hand.
+        max_ongoing_requests=8 * slots + _GATEWAYS,
+        request_router_config=RequestRouterConfig(
+            request_router_class=EngineRouter, request_routing_stats_period_s=STATS_EVERY_S
+        ),
         max_queued_requests=16 * slots,
         graceful_shutdown_timeout_s=300,
         graceful_shutdown_wait_loop_s=0.5,
@@ -185,6 +191,21 @@ def application(prepared: Prepared) -> ray_serve.Application:
         prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine
     )
     return gateway.bind(prepared.base, prepared.files, prepared.keys, replicas)
+
+
+def _scale(config: ServeConfig) -> dict[str, Any]:
+    """How many engine replicas, as Serve's deployments take it."""
+    wanted = config.replicas
+    if isinstance(wanted, int):
+        return {"num_replicas": wanted}
+    scaling = AutoscalingConfig(
+        min_replicas=wanted.min,
+        max_replicas=wanted.max,
+        target_ongoing_requests=(wanted.ongoing or config.engine.slots) + _GATEWAYS,
+        upscale_delay_s=wanted.upscale_delay_s,
+        downscale_delay_s=wanted.downscale_delay_s,
+    )
+    return {"autoscaling_config": scaling}
 
 
 def _adapters(config: ServeConfig, base: Base, registry: Registry) -> dict[str, Registered]:
@@ -234,10 +255,10 @@ def _check_free(config: ServeConfig, keys: tuple[ApiKey, ...]) -> bool:
         reason = _taken(config.host, config.port)
         if reason:
             raise ClusterError(f"port {config.port} of {config.host} is taken: {reason}. Set another port in the file.")
-    needed, total = _GATEWAY_CPUS + config.replicas * _ENGINE_CPUS, _cluster_total("CPU")
+    needed, total = _GATEWAY_CPUS + config.min_replicas * _ENGINE_CPUS, _cluster_total("CPU")
     if total < needed:
         raise ClusterError(
-            f"{config.replicas} replicas need {needed:g} CPUs and the cluster has {total:g}. Lower replicas."
+            f"{config.min_replicas} replicas need {needed:g} CPUs and the cluster has {total:g}. Lower replicas."
         )
     return running
 

@@ -21,13 +21,13 @@ from serve import endpoint_state, http_body
 from serve.api_keys import ApiKey
 from serve.chunks import completion, events
 from serve.desired import Base, Desired, EndpointFiles
+from serve.engine_calls import EngineCalls
 from serve.http_errors import HANDLERS, status_of
 from serve.metrics import Metrics
 from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
 from serve.openapi import document
-from serve.parts import Started
 from serve.registration import Registration, register, registrable, withdrawn
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
@@ -55,7 +55,7 @@ class Gateway:
     def __init__(self, base: Base, files: EndpointFiles, keys: tuple[ApiKey, ...], engine: Any) -> None:
         self._base, self._files, self._keys = base, files, keys
         self._registry = Registry(files.home)
-        self._engine = engine.options(stream=True)
+        self._engines = EngineCalls(engine)
         self._created = int(time.time())
         self._document = document(files.endpoint, with_keys=bool(keys))
         self._metrics = Metrics()
@@ -107,7 +107,7 @@ class Gateway:
             target, epoch = await self._target(ask.model, request.headers, ask.about)
             if target.split is not None and not target.has_key:
                 self._metrics.keyless(target.split)
-            parts, started = await self._started(ask, target, epoch)
+            parts, started = await self._engines.ask(ask, target, epoch)
         except Exception as error:
             self._metrics.refused(status_of(error))
             raise
@@ -120,15 +120,6 @@ class Gateway:
             body = events(stream, ask, answer, started)
             return StreamingResponse(body, media_type="text/event-stream", headers=headers)
         return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
-
-    async def _started(self, ask: Ask, target: Target, epoch: int) -> tuple[Any, Started]:
-        """The stream from a replica, and what it says first; what is wrong with the request is raised here."""
-        parts = self._engine.generate.remote(ask, target, epoch)
-        try:
-            return parts, await anext(parts)
-        except BaseException:
-            parts.cancel()
-            raise
 
     @http.get("/metrics")
     async def metrics(self, request: Request) -> Response:

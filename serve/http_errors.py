@@ -9,6 +9,7 @@ import logging
 import secrets
 from typing import Any
 
+import grpc
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.exceptions import HTTPException
@@ -45,7 +46,7 @@ def _answer(error: BaseException, error_id: str) -> tuple[int, dict[str, Any], B
         return 400, error_body("the client went away before its request was answered.", "invalid_request_error"), error
     if isinstance(error, HTTPException):
         return error.status_code, error_body(str(error.detail), "invalid_request_error"), error
-    if isinstance(error, (RayActorError, DeploymentUnavailableError)):
+    if isinstance(error, (RayActorError, DeploymentUnavailableError, grpc.RpcError)):
         error = ClusterError("the engine is down or being replaced. Try again in some seconds.")
     return *error_answer(error, error_id), error
 

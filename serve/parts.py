@@ -10,11 +10,20 @@ from service.inference.engine import Chunk, FinishReason, TokenLogprob
 
 @dataclass(frozen=True)
 class Started:
-    """The first thing that is sent. `num_prompt_tokens` is over all prompts, each counted once."""
+    """Who answers. `num_prompt_tokens` is over all prompts, each counted once; `echoed` are the prompts, where asked for."""
 
     model: str
     digest: str
     num_prompt_tokens: int
+    echoed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Which replica has a request, and whether it answers: one that its gateway does not hear yet leaves it be."""
+
+    replica: str
+    is_heard: bool
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ import ray.serve as ray_serve
 from serve.adapter_sync import AdapterSync
 from serve.desired import Base, EndpointFiles
 from serve.openai_api import Ask, Prompt
-from serve.parts import Part, Started, part_of
+from serve.outbox import Batch, Outboxes
+from serve.parts import Part, Started, Taken, part_of
 from serve.routing import Target
 from service.base_models import resolve_base_model
 from service.config import EngineBlock
-from service.errors import DataError, ModelError, RequestError
+from service.errors import ClusterError, DataError, ModelError, RequestError
 from service.inference.engine import Chunk, GenerationRequest, OnChunk, SamplingParams
 
 MAX_SCORES = 2**18  # log-probabilities of prompts in one answer
@@ -62,29 +63,57 @@ class EngineReplica:
             tokenizer=self._renderer.tokenizer,
         )
         self._engine.start()
-        replica = ray_serve.get_replica_context().replica_tag
-        self._adapters = AdapterSync(self._engine, files, base.digest, replica.replace("#", "-"), cache)
+        self._name: str = ray_serve.get_replica_context().replica_tag
+        self._adapters = AdapterSync(self._engine, files, base.digest, self._name.replace("#", "-"), cache)
         self._adapters.start()
+        self._outboxes = Outboxes()
         self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))
         self._tokenizing = asyncio.Lock()  # the tokenizer is not to be used by two threads at once
 
-    async def generate(self, ask: Ask, target: Target, epoch: int) -> AsyncIterator[Started | Part]:
-        """`Started`, then parts of the answers. Errors of the request are raised before it, so that a status can tell."""
+    async def stream(self, gateway: str, replica: str) -> AsyncIterator[Batch]:
+        """All that this replica has to say to a gateway's requests, a batch per step. ClusterError: it is not `replica`."""
+        if replica != self._name:
+            raise ClusterError(f"replica {replica} is gone.")
+        async for batch in self._outboxes.read(gateway):
+            yield batch
+
+    async def generate(
+        self, gateway: str, request: str, ask: Ask, target: Target, epoch: int, replica: str | None
+    ) -> AsyncIterator[Taken]:
+        """`Taken`; ends when the request's last part is on the gateway's stream. Raises what is wrong with the request.
+
+        A gateway that reads no stream of this replica opens one and asks again, for this `replica`: the router (see
+        `engine_router.py`) keeps to it if it can, nothing here depends on that.
+        """
+        outbox = self._outboxes.of(gateway)
+        if outbox is None:
+            yield Taken(self._name, is_heard=False)
+            return
+        with outbox.request():
+            yield Taken(self._name, is_heard=True)
+            await self._answer(ask, target, epoch, functools.partial(outbox.put, request))
+
+    async def _answer(self, ask: Ask, target: Target, epoch: int, say: Callable[[Started | Part], None]) -> None:
+        """Say `Started` and all parts of the answers. Errors of the request are raised before anything is said."""
         prompts = [await self._prompt_ids(prompt, ask.prompt_field) for prompt in ask.prompts]
         _check_scores(ask, sum(len(prompt) for prompt in prompts))
         samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
         echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
         answering = await self._adapters.admit(target, epoch)
-        running = _Countdown(len(samplings), lambda: self._adapters.release(answering))
-        parts: asyncio.Queue[Part] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def at_end() -> None:
+            self._adapters.release(answering)
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(ended.set)
+
+        running = _Countdown(len(samplings), at_end)
 
         def listener(choice: int) -> OnChunk:
             def on_chunk(chunk: Chunk) -> None:
+                say(part_of(choice, chunk, self._token_text, with_prompt_scores=ask.echo))
                 if chunk.finish_reason is not None:
                     running.down()
-                part = part_of(choice, chunk, self._token_text, with_prompt_scores=ask.echo)
-                loop.call_soon_threadsafe(parts.put_nowait, part)
 
             return on_chunk
 
@@ -93,7 +122,7 @@ class EngineReplica:
             GenerationRequest(uuid.uuid4().hex, prompts[choice // ask.n], sampling, adapter)
             for choice, sampling in enumerate(samplings)
         ]
-        num_submitted = num_finished = 0
+        num_submitted = 0
         try:
             for choice, request in enumerate(requests):
                 if request.sampling.json_schema is None:
@@ -101,18 +130,19 @@ class EngineReplica:
                 else:
                     await self._submit_aside(request, listener(choice), running)
                 num_submitted += 1
-            yield Started(answering.model, answering.digest, sum(len(prompt) for prompt in prompts))
-            for choice, text in enumerate(text for text in echoed for _ in range(ask.n)):
-                yield Part(choice, text)
-            while num_finished < len(requests):
-                for part in await _next(parts):
-                    num_finished += part.finish_reason is not None
-                    yield part
+            num_prompt_tokens = sum(len(prompt) for prompt in prompts)
+            say(Started(answering.model, answering.digest, num_prompt_tokens, tuple(echoed)))
+            await ended.wait()
         finally:
-            if num_finished < len(requests):
+            if not ended.is_set():
                 running.down(len(requests) - num_submitted)
                 for request in requests[:num_submitted]:
                     self._engine.cancel(request.id)
+
+    def record_routing_stats(self) -> dict[str, Any]:
+        """Called by Ray Serve every second; `engine_router.py` reads it."""
+        taken = 1 - self._engine.free_columns / max(1, self._engine.max_columns)
+        return {"slots": self._engine.num_slots, "resident": self._adapters.available(), "taken": taken}
 
     def check_health(self) -> None:
         """Called by Ray Serve: raises when the engine's thread is dead or stuck, and the replica is replaced."""
@@ -216,17 +246,6 @@ class _Countdown:
             ended = by > 0 and self._count == 0
         if ended:
             self._at_zero()
-
-
-async def _next(parts: asyncio.Queue[Part]) -> list[Part]:
-    """What has come, joined by answer: one message between processes instead of many."""
-    joined: dict[int, Part] = {}
-    part = await parts.get()
-    while True:
-        joined[part.choice] = joined[part.choice].joined(part) if part.choice in joined else part
-        if parts.empty():
-            return list(joined.values())
-        part = parts.get_nowait()
 
 
 def _check_same(base: Base, digest: str, renderer_digest: str) -> None:

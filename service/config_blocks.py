@@ -151,8 +151,8 @@ class OptimBlock(Block):
 DEFAULT_LR = {"lora": 2.0e-4, "qlora": 2.0e-4, "full": 2.0e-5}
 
 
-class WorkersBlock(Block):
-    """An elastic number of workers: starts with what there is, shrinks when a node goes, grows when one comes."""
+class _Bounds(Block):
+    """From `min` to `max`."""
 
     min: int = Field(ge=1)
     max: int = Field(ge=1)
@@ -162,6 +162,10 @@ class WorkersBlock(Block):
         if self.min > self.max:
             raise ValueError(f"min {self.min} is more than max {self.max}; set them in order")
         return self
+
+
+class WorkersBlock(_Bounds):
+    """An elastic number of workers: starts with what there is, shrinks when a node goes, grows when one comes."""
 
 
 class ScaleBlock(Block):
@@ -307,6 +311,18 @@ class EngineBlock(Block):
     double_quant: bool = True
 
 
+class ReplicasBlock(_Bounds):
+    """A number of engine replicas that follows the load: Ray Serve keeps `ongoing` requests a replica, running or waiting.
+
+    `ongoing` is the engine's slots unless given. More replicas come once there have been too many requests for
+    `upscale_delay_s`, and go, when they have answered, after `downscale_delay_s` with too few.
+    """
+
+    ongoing: float | None = Field(default=None, gt=0)
+    upscale_delay_s: float = Field(default=30.0, ge=0)
+    downscale_delay_s: float = Field(default=600.0, ge=0)
+
+
 class ServeConfig(Block):
     """One endpoint: a base model and the adapters it starts with.
 
@@ -322,7 +338,17 @@ class ServeConfig(Block):
     keys: str | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
     engine: EngineBlock = EngineBlock()
-    replicas: int = Field(default=1, ge=1)
+    replicas: Annotated[int, Field(ge=1)] | ReplicasBlock = 1
+
+    @property
+    def min_replicas(self) -> int:
+        """The fewest that there are."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
+
+    @property
+    def max_replicas(self) -> int:
+        """The most that there are."""
+        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,14 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
 }
+# Ray reads these when it is imported, or when a cluster starts. Serve's messages by gRPC instead of Ray's object store take
+# half the processor time a token (tests/benchmarks/serve_http.py); the channels carry the same token.
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # answers with log-probabilities are larger than 4 MiB
+}
 NO_WAIT = "scale.wait_s=0"  # what `--no-wait` stands for
 STOP_WAIT_S = 120  # between SIGTERM and SIGKILL: time for a checkpoint
 
@@ -60,9 +68,11 @@ def use_token_authentication(*, make_token: bool = False) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
 
 
-def authenticate() -> None:
-    """What `connect` does about tokens, for callers that must import Ray before they connect."""
+def prepare_environment() -> None:
+    """What `connect` does before it imports Ray, for callers that must import Ray before they connect."""
     use_token_authentication(make_token=_address() == "local")
+    for name, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def _address() -> str:
@@ -89,9 +99,7 @@ def connect() -> None:
     if loaded is not None and loaded.is_initialized():
         return
     address = _address()
-    authenticate()
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS", "0")
+    prepare_environment()
     import ray
 
     try:

@@ -15,7 +15,7 @@ from service.settings import Settings
 
 def serve_here(config: ServeConfig, settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM. A failed start takes back what it deployed, and only that. Raises LorayError."""
-    launcher.authenticate()  # before anything imports Ray, which reads the mode once
+    launcher.prepare_environment()  # before anything imports Ray, which reads the mode once
     from serve import app as serve_app
 
     console.print(f"Loading {config.model.id} ...", markup=False, highlight=False)

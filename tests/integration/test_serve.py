@@ -233,6 +233,17 @@ def test_unknown_fields_are_named_and_strict_makes_them_an_error(endpoint: Endpo
     assert strict.json()["error"]["param"] == "top_z"
 
 
+def test_answers_of_many_megabytes_arrive_whole(endpoint: Endpoint) -> None:
+    prompts = [[1 + (row + token) % 50 for token in range(240)] for row in range(40)]
+    body = {"model": "base", "prompt": prompts, "echo": True, "max_tokens": 0, "logprobs": 20}
+    answer = endpoint.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text[:500]
+    assert len(answer.content) > 4 * 2**20  # the limit that gRPC has for a message unless told otherwise
+    choices = answer.json()["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in choices] == [240] * 40
+    assert {len(top) for choice in choices for top in choice["logprobs"]["top_logprobs"][1:]} == {20}
+
+
 def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint) -> None:
     for stream in (True, False):
         body = {"model": "base", "messages": HELLO, "max_tokens": 200, "stream": stream}

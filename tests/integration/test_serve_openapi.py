@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("number", [200, pytest.param(10_000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("number", [120, pytest.param(10_000, marks=pytest.mark.long)])
 def test_every_answer_to_generated_requests_is_a_documented_one(endpoint: Endpoint, number: int) -> None:
     from tests.integration.openapi_cases import send_cases
 

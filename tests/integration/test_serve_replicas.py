@@ -16,7 +16,7 @@ import pytest
 from service.config import ServeConfig
 from service.registry import Registry
 from service.settings import Settings
-from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, free_port, wait_until
+from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, clear, free_port, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -44,6 +44,37 @@ def _states(pair: Endpoint) -> dict[str, str]:
     """The state of the only adapter, by replica."""
     (adapter,) = pair.http.get("/v1/adapters").json()["data"]
     return {replica: report["state"] for replica, report in adapter["replicas"].items()}
+
+
+def _resident(pair: Endpoint) -> dict[str, set[str]]:
+    """Names of resident adapters, by replica."""
+    found: dict[str, set[str]] = {}
+    for adapter in pair.http.get("/v1/adapters").json()["data"]:
+        for replica, report in adapter["replicas"].items():
+            found.setdefault(replica, set()).update([adapter["name"]] if report["state"] == "resident" else [])
+    return found
+
+
+def test_requests_go_where_their_adapter_is_resident(pair: Endpoint) -> None:
+    names = ("red", "blue", "wide")  # 8 + 8 + 24 columns, 24 on each replica
+    for name in names:
+        assert pair.http.put(f"/v1/adapters/{name}", json={"model": f"{name}@1"}).status_code in (200, 202)
+    expected = {name: pair.ask(f"{name}@1") for name in names}
+    assert len(set(expected.values())) == 3
+
+    def settled() -> bool:
+        for name in names:
+            assert pair.ask(f"{name}@1") == expected[name]
+        return sorted(map(sorted, _resident(pair).values())) == [["blue", "red"], ["wide"]]
+
+    wait_until(settled, "each replica has its own adapters")
+    before = _resident(pair)
+    for number in range(30):  # as many conversations, each with a replica of its own choice but for the adapter
+        messages = [{"role": "user", "content": f"Hello number {number}"}]
+        for name in names:
+            pair.ask(f"{name}@1", messages, max_tokens=2)
+    assert _resident(pair) == before
+    clear(pair)
 
 
 def _replica_pids(cluster: str) -> list[int]:

@@ -76,7 +76,7 @@ def send_cases(url: str, total: int, prepare: Callable[[], None]) -> Seen:
                     sent.append(pool.submit(answer, case))
 
                 # Made in this thread, while those before are being answered.
-                _make(operation, mode, min(_EACH_ROUND, -(-left // len(jobs))), round_number, send)
+                _make(operation, mode, min(_EACH_ROUND, -(-left // len(operations))), round_number, send)
                 seen.update((operation.label, mode.value, one.result()) for one in sent)
     raise AssertionError("rounds never end")
 

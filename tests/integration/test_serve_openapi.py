@@ -35,5 +35,5 @@ def test_every_answer_to_generated_requests_is_a_documented_one(endpoint: Endpoi
     assert sum(seen.values()) >= number
     for operation in ("POST /v1/chat/completions", "POST /v1/completions"):
         asked = sum(count for (name, mode, _), count in seen.items() if (name, mode) == (operation, "positive"))
-        assert seen[operation, "positive", 200] > asked / 4, "many are answered by a model, not refused"
+        assert seen[operation, "positive", 200] > asked / 6, "many are answered by a model, not refused"
     assert endpoint.ask("base", max_tokens=1)

@@ -7,6 +7,7 @@ from typing import Any
 
 from serve.desired import AdapterReport, Desired, ReplicaReport
 
+SHOWN_OF_REPLICA = {"epoch", "running", "waiting", "slots", "free_columns", "max_columns", "prefix_bytes"}
 # Where replicas differ, the state furthest from answering is the one to show.
 _WORST_FIRST = ("refused", "pending", "registered", "cached", "draining", "resident")
 
@@ -29,12 +30,7 @@ def adapters_body(
     registered = {entry.digest for entry in desired.adapters.values()}
     others = {digest: a.model for r in reports for digest, a in r.adapters.items() if digest not in registered}
     data += [_row(None, model, digest, reports) for digest, model in sorted(others.items())]
-    replicas = {
-        r.replica: r.model_dump(
-            include={"epoch", "running", "waiting", "slots", "free_columns", "max_columns", "prefix_bytes"}
-        )
-        for r in reports
-    }
+    replicas = {r.replica: r.model_dump(include=SHOWN_OF_REPLICA) for r in reports}
     return {"object": "list", "epoch": desired.epoch, "data": data, "replicas": replicas}
 
 

@@ -28,6 +28,7 @@ from serve.metrics import Metrics
 from serve.openai_answers import Answer, models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
+from serve.openapi import document
 from serve.registration import Registration, follow, from_uri, parse_wanted, register, registrable, withdrawn
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
@@ -58,10 +59,17 @@ class Gateway:
         self._registry = Registry(files.home)
         self._engines = EngineCalls(engine)
         self._created = int(time.time())
+        self._document = document(files.endpoint, with_keys=bool(keys))
         self._metrics = Metrics()
         self._routes = LastKnown(self._read_routes, "adapters")
         self._reports = LastKnown(self._read_reports, "replicas")
         self._behind: dict[str, str] = {}  # why a label has not followed its alias
+
+    @http.get("/openapi.json")
+    async def openapi(self, request: Request) -> Response:
+        """What every route takes and answers, as OpenAPI 3.1."""
+        http_body.allow(request, self._keys, "infer")
+        return JSONResponse(self._document)
 
     @http.get("/healthz")
     async def healthz(self, request: Request) -> Response:

@@ -10,7 +10,7 @@ import secrets
 from typing import Any
 
 import grpc
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -42,6 +42,8 @@ def _answer(error: BaseException, error_id: str) -> tuple[int, dict[str, Any], B
         error = error.cause
     if isinstance(error, BackPressureError):
         return 429, error_body("the endpoint is full. Try again in a second.", "rate_limit_error"), error
+    if isinstance(error, TaskCancelledError):  # Ray Serve cancels what nobody waits for any more
+        return 400, error_body("the client went away before its request was answered.", "invalid_request_error"), error
     if isinstance(error, HTTPException):
         return error.status_code, error_body(str(error.detail), "invalid_request_error"), error
     if isinstance(error, (RayActorError, DeploymentUnavailableError, grpc.RpcError)):
@@ -56,6 +58,5 @@ async def on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(body, status_code=status, headers={**headers, **(getattr(error, "headers", None) or {})})
 
 
-HANDLERS: dict[Any, Any] = dict.fromkeys(
-    (LorayError, TimeoutError, RayServeException, RayActorError, RayTaskError, HTTPException, Exception), on_error
-)
+_OF_RAY = (RayServeException, RayActorError, RayTaskError, TaskCancelledError)
+HANDLERS: dict[Any, Any] = dict.fromkeys((LorayError, TimeoutError, *_OF_RAY, HTTPException, Exception), on_error)

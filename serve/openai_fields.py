@@ -1,6 +1,7 @@
 """Reading the fields of one JSON body: what is wrong is collected by its field, and raised all at once.
 
-Pure: bytes in, values out; no Ray, no HTTP framework, no engine. What the fields mean is in `openai_api.py`.
+Pure: bytes in, values out; no Ray, no HTTP framework, no engine. What a field takes is in `field_kinds.py`, what the fields
+mean in `openai_api.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from serve.field_kinds import Kind
 from service.errors import RequestError
 
 SHOWN_PROBLEMS = 20
@@ -17,9 +19,9 @@ _MAX_KEY = 200
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises RequestError on anything else: NaN, Infinity and double keys included."""
+    """The JSON object in `body`, UTF-8. Raises RequestError on anything else: NaN, Infinity and double keys included."""
     try:
-        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_unique)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_unique)
     except RequestError:
         raise
     except RecursionError:
@@ -34,11 +36,24 @@ def parse_object(body: bytes) -> dict[str, Any]:
 class Fields:
     """Reads fields of one body, collecting problems; a field with a problem reads as its default."""
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    def __init__(self, raw: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
         self.raw = raw
         self.problems: list[tuple[str, str]] = []  # the first SHOWN_PROBLEMS of them
         self.num_problems = 0
         self.ignored: list[str] = []
+        self.values = self.look_at(raw, kinds)
+
+    def look_at(self, raw: Mapping[str, Any], kinds: Mapping[str, Kind], at: str = "") -> dict[str, Any]:
+        """The value of every field of this table; `at` is where in the body the object stands. Notes what nobody knows."""
+        values = {}
+        for name, kind in kinds.items():
+            value = raw.get(name)
+            is_right = not kind.required if value is None else kind.takes(value)
+            if not is_right:
+                self.problem(f"{at}{name}", f"must be {kind.wanted}, not {shown(value)}.")
+            values[name] = kind.default if value is None or not is_right else value
+        self.ignored += [f"{at}{name}" for name in sorted(set(raw) - set(kinds))]
+        return values
 
     def problem(self, field: str, text: str) -> None:
         self.num_problems += 1
@@ -50,53 +65,6 @@ class Fields:
             more = self.num_problems - len(self.problems)
             texts = [text for _, text in self.problems] + ([f"... and {more} more problems."] if more else [])
             raise RequestError(" ".join(texts), self.problems[0][0])
-
-    def refuse(self, field: str, value: Any, neutral: tuple[Any, ...]) -> None:
-        """A field we know and do not support: an error unless its value asks for nothing."""
-        if value is None or any(same(value, one) for one in neutral):
-            return
-        allowed = " or ".join(["null", *(json.dumps(one) for one in neutral)])
-        self.problem(field, f"not supported here (got {shown(value)}). Leave it out, or send {allowed}.")
-
-    def number(self, field: str, default: float, low: float, high: float, *, above: bool = False) -> float:
-        value = self.raw.get(field)
-        if value is None:
-            return default
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_number and (low < value if above else low <= value) and value <= high:  # infinities fail here
-            return float(value)
-        bounds = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-        self.problem(field, f"must be a number {bounds}, not {shown(value)}.")
-        return default
-
-    def integer(self, field: str, low: int, high: int) -> int | None:
-        value = self.raw.get(field)
-        if value is None:
-            return None
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
-            return value
-        self.problem(field, f"must be an integer from {low} to {high}, not {shown(value)}.")
-        return None
-
-    def boolean(self, field: str) -> bool:
-        value = self.raw.get(field)
-        if value is None or isinstance(value, bool):
-            return bool(value)
-        self.problem(field, f"must be true or false, not {shown(value)}.")
-        return False
-
-
-def is_text(value: Any) -> bool:
-    """A string that is valid Unicode: JSON can write half a surrogate pair, which no tokenizer takes."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def same(value: Any, allowed: Any) -> bool:
-    """Equal and of the same JSON type: in Python True == 1 and False == 0."""
-    return isinstance(value, bool) == isinstance(allowed, bool) and bool(value == allowed)
 
 
 def _kind(value: Any) -> str:

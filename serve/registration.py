@@ -9,19 +9,36 @@ later, as every adapter is, by its tensors (`service/inference/adapter_files.py`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.adapter_uris import AdapterUris, Found
 from serve.desired import Base, Desired, EndpointFiles
-from serve.openai_fields import Fields, is_text, shown
+from serve.field_kinds import BOOLEAN, object_schema, text
+from serve.openai_fields import Fields
 from serve.routing import Registered
 from service.domain import Manifest, ModelRef, check_name
 from service.errors import ConfigError, ConflictError, ModelError, NotFoundError
 from service.registry import DEFAULT_ALIAS, Registry, model_digest
 
 SHOWN_DIGITS = 12
+_GIVEN, _ABSENT = {"type": "string"}, {"type": "null"}
 _PINNED = "@sha256-"  # before the digits of the digest: twelve of them alone could be a version's number
+
+ADAPTER = {
+    "model": replace(text(), wanted='a registered model such as "tickets@1"'),
+    "uri": replace(text(), wanted="an absolute path, file:///path or s3://bucket/key"),
+    "base_model": replace(text(), wanted="the endpoint's base model by name"),
+    "pin": replace(BOOLEAN, wanted="true (the adapter stays resident) or false"),
+}
+ADAPTER_SCHEMA = {
+    **object_schema(ADAPTER),
+    "anyOf": [
+        {"required": ["model"], "properties": {"model": _GIVEN, "uri": _ABSENT, "base_model": _ABSENT}},
+        {"required": ["uri"], "properties": {"uri": _GIVEN, "model": _ABSENT}},
+    ],
+    "description": "a registered model, or the uri of an adapter's directory; base_model vouches for a uri's adapter",
+}
 
 
 @dataclass(frozen=True)
@@ -37,23 +54,16 @@ class Wanted:
 
 def parse_wanted(raw: Mapping[str, Any]) -> Wanted:
     """`{"model": ...}` or `{"uri": ..., "base_model": ...}`, and `pin`; RequestError with all that is wrong."""
-    fields = Fields(raw)
-    fields.ignored += sorted(set(raw) - {"model", "uri", "base_model", "pin"})
-    model, uri, base_model, pin = (raw.get(name) for name in ("model", "uri", "base_model", "pin"))
-    if uri is None and not is_text(model):
-        fields.problem(
-            "model", 'must be a registered model such as "tickets@1", or give the uri of an adapter\'s directory.'
-        )
-    if uri is not None and model is not None:
+    fields = Fields(raw, ADAPTER)
+    values = fields.values
+    if not fields.problems and values["model"] is None and values["uri"] is None:
+        fields.problem("model", 'is missing. Give a registered model such as "tickets@1", or an adapter\'s uri.')
+    if values["model"] is not None and values["uri"] is not None:
         fields.problem("uri", "is given beside model. Give one of them.")
-    elif uri is not None and not is_text(uri):
-        fields.problem("uri", f"must be an absolute path, file:///path or s3://bucket/key, not {shown(uri)}.")
-    if base_model is not None and (uri is None or not is_text(base_model)):
-        fields.problem("base_model", "must be the endpoint's base model by name, and goes with uri only.")
-    if pin is not None and not isinstance(pin, bool):
-        fields.problem("pin", "must be true (the adapter stays resident) or false.")
+    if values["base_model"] is not None and values["uri"] is None:
+        fields.problem("base_model", "goes with uri only: a registered model says itself what it was made for.")
     fields.raise_problems()
-    return Wanted(model, uri, base_model, bool(pin), tuple(fields.ignored))
+    return Wanted(values["model"], values["uri"], values["base_model"], values["pin"], tuple(fields.ignored))
 
 
 def registrable(label: str, model: str, base: Base, registry: Registry) -> Registered:

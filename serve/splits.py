@@ -5,15 +5,15 @@ Which arm a key gets is decided in `routing.py`; `gateway.py` writes splits to t
 
 from __future__ import annotations
 
-import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.desired import Base, Desired
+from serve.field_kinds import NAME_SCHEMA, Kind, listed, number, object_schema, text
 from serve.openai_api import MAX_METADATA_VALUE
-from serve.openai_fields import Fields, is_text, shown
+from serve.openai_fields import Fields
 from serve.registration import is_pinned_name, servable
 from serve.routing import Arm, Registered, Split
 from service.domain import check_name
@@ -23,7 +23,31 @@ from service.registry import Registry
 DEFAULT_KEY = ("header:x-loray-key", "metadata.user", "safety_identifier", "user")
 MAX_ARMS = 16
 _MAX_TEXT = 200
-_KEY = re.compile(r"header:[a-z0-9-]{1,64}|metadata\.[A-Za-z0-9_.-]{1,64}|safety_identifier|user")
+_KEY = r"header:[a-z0-9-]{1,64}|metadata\.[A-Za-z0-9_.-]{1,64}|safety_identifier|user"
+ARM = {
+    "model": replace(text(_MAX_TEXT, required=True), wanted="a model such as tickets@3"),
+    "weight": number(0, 1e9, required=True),
+}
+SPLIT = {
+    "arms": Kind(  # one by one: `_arms`
+        f'an object of 1 to {MAX_ARMS} arms such as {{"control": {{"model": "tickets@3", "weight": 90}}}}',
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": MAX_ARMS,
+            "propertyNames": NAME_SCHEMA,
+            "additionalProperties": object_schema(ARM),
+            "description": "at least one weight above 0",
+        },
+        lambda value: isinstance(value, dict) and 0 < len(value) <= MAX_ARMS,
+        required=True,
+    ),
+    "salt": text(_MAX_TEXT),
+    "key": replace(
+        listed(text(pattern=_KEY), least=1, most=MAX_ARMS),
+        wanted="a list of header:NAME (lower case), metadata.NAME, safety_identifier or user",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -38,47 +62,23 @@ class WantedSplit:
 
 def parse_split(raw: Mapping[str, Any]) -> WantedSplit:
     """`{"arms": {name: {"model", "weight"}}, "salt", "key"}`, or RequestError with all that is wrong."""
-    fields = Fields(raw)
-    fields.ignored += sorted(set(raw) - {"arms", "salt", "key"})
-    arms = _arms(fields, raw.get("arms"))
-    salt, key = raw.get("salt"), raw.get("key")
-    if salt is not None and not (is_text(salt) and 0 < len(salt) <= _MAX_TEXT):
-        fields.problem("salt", f"must be a text of at most {_MAX_TEXT} characters, not {shown(salt)}.")
-    if key is not None and not (
-        isinstance(key, list) and 0 < len(key) <= MAX_ARMS and all(is_text(k) and _KEY.fullmatch(k) for k in key)
-    ):
-        fields.problem(
-            "key",
-            f"must be a list of header:NAME (lower case), metadata.NAME, safety_identifier or user, not {shown(key)}.",
-        )
+    fields = Fields(raw, SPLIT)
+    salt, key, arms = fields.values["salt"], fields.values["key"], _arms(fields)
     fields.raise_problems()
     return WantedSplit(arms, salt, DEFAULT_KEY if key is None else tuple(key), tuple(fields.ignored))
 
 
-def _arms(fields: Fields, value: Any) -> dict[str, tuple[str, float]]:
-    if not isinstance(value, dict) or not 0 < len(value) <= MAX_ARMS:
-        fields.problem(
-            "arms",
-            f'must be an object of 1 to {MAX_ARMS} arms such as {{"control": {{"model": "tickets@3", "weight": 90}}}}.',
-        )
-        return {}
+def _arms(fields: Fields) -> dict[str, tuple[str, float]]:
     arms = {}
-    for name, arm in value.items():
+    for name, arm in (fields.values["arms"] or {}).items():
         at = f"arms.{name[:_MAX_TEXT]}"
         try:
             check_name(name, "arm")
         except ConfigError as error:
             fields.problem(at, str(error))
-        model, weight = (arm.get("model"), arm.get("weight")) if isinstance(arm, dict) else (None, None)
-        if not is_text(model) or not 0 < len(str(model)) <= _MAX_TEXT:
-            fields.problem(f"{at}.model", f"must be a model such as tickets@3, not {shown(model)}.")
-        elif not isinstance(weight, int | float) or isinstance(weight, bool) or not 0 <= weight <= 1e9:
-            fields.problem(f"{at}.weight", f"must be a number from 0 to 1e9, not {shown(weight)}.")
-        else:
-            arms[name] = (str(model), float(weight))
-        if isinstance(arm, dict):
-            fields.ignored += [f"{at}.{key}" for key in sorted(set(arm) - {"model", "weight"})]
-    if arms and not any(weight for _, weight in arms.values()):
+        values = fields.look_at(arm if isinstance(arm, dict) else {}, ARM, f"{at}.")
+        arms[name] = (str(values["model"]), float(values["weight"] or 0))
+    if arms and not fields.problems and not any(weight for _, weight in arms.values()):
         fields.problem("arms", "all weights are 0: nobody would answer. Give one arm more.")
     return arms
 

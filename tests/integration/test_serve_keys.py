@@ -129,6 +129,20 @@ def test_every_route_but_health_wants_a_key(url: str) -> None:
             assert statuses == ([200] * 3 if path == "/healthz" else [401] * 3), path
 
 
+def test_the_document_names_the_keys_scopes_and_the_routes_that_there_are(url: str) -> None:
+    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http:
+        document = http.get("/openapi.json", headers={"authorization": f"Bearer {INFER}"}).json()
+    routes = re.findall(r'@http\.([a-z_]+)\("([^"]+)"', (Path(serve.__file__).parent / "gateway.py").read_text())
+    described = {(method, path) for path, operations in document["paths"].items() for method in operations}
+    assert described == {(method, path.replace(":path}", "}")) for method, path in routes}
+    scopes = {
+        path: operation["security"]
+        for path, operation in ((p, o["get"]) for p, o in document["paths"].items() if "get" in o)
+    }
+    assert scopes["/healthz"] == [] and scopes["/v1/models"] == [{"key": ["infer"]}]
+    assert scopes["/v1/adapters"] == [{"key": ["admin"]}]
+
+
 def test_a_key_does_what_its_scopes_allow(url: str) -> None:
     with httpx.Client(base_url=url, timeout=DEADLINE_S) as http:
 

@@ -129,6 +129,8 @@ def test_a_bad_field_is_named(fields: dict[str, Any], param: str) -> None:
         b"[]",
         b'"x"',
         b"\xff\xfe",
+        '{"model": "a"}'.encode("utf-16"),
+        b'{"model": "\xed\xa0\x80", "messages": []}',  # half a surrogate pair, not even written as JSON writes it
         b'{"temperature": NaN}',
         b'{"temperature": -Infinity}',
         b'{"model": "a", "model": "b"}',

@@ -25,6 +25,7 @@ from service.errors import ClusterError
 
 MAX_TRIES = 5  # replicas that say they have no stream, for one request
 SILENCE_S = 3 * IDLE_S  # a replica with requests is never silent for longer than IDLE_S: its node is gone
+LEAVING_S = 1.0  # Serve cancels the calls of a client that has left before it cancels who waits for them
 LAST_PARTS_S = 30.0  # between the end of a call and the last parts, on their way through the stream
 _log = logging.getLogger(__name__)
 
@@ -137,9 +138,10 @@ class EngineCalls:
                 await self._open(replica, known)
             raise ClusterError("no replica of the engine could be heard. Try again in some seconds.")
         except (asyncio.CancelledError, RequestCancelledError, TaskCancelledError):
-            answering.fail(ClusterError("the engine gave the request up: it was not heard. Send it again."))
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
+            await asyncio.sleep(LEAVING_S)
+            answering.fail(ClusterError("the engine gave the request up: it was not heard. Send it again."))
         except Exception as error:
             answering.fail(error)
         finally:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import itertools
-import json
 import logging
 import math
 import os
@@ -45,7 +44,7 @@ from service.inference.engine import (
     check_request,
 )
 from service.inference.fair_queue import FairQueue
-from service.inference.grammar import SCHEMA_OPTIONS, Grammars
+from service.inference.grammar import Grammars
 from service.inference.request_state import Answering
 
 # Read when vLLM is imported: it reports its use to its makers unless told otherwise, and logs each request's way.
@@ -122,6 +121,7 @@ class VllmEngine:
         self._in_flight: dict[str, _Request] = {}
         self._waiting: FairQueue[_Request] = FairQueue()
         self._closing = False
+        self._poisoned = False  # seen on CPU, vLLM 0.32.0: masked positions of a block used again are multiplied by 0
         self._advanced_at = time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="loray-vllm", daemon=True)
@@ -235,8 +235,13 @@ class VllmEngine:
             return EngineStats(len(self._in_flight) - waiting, waiting, 0)
 
     def check(self) -> None:
-        """Raises RuntimeError when vLLM's process has died, or nothing has advanced for `stall_after_s` with work pending."""
+        """RuntimeError: vLLM's process has died, its memory is spoilt, or pending work has not advanced for `stall_after_s`."""
         self._check_alive()
+        if self._poisoned:
+            raise RuntimeError(
+                "an adapter left numbers that are not finite in vLLM's key-value memory, and its CPU kernels let later "
+                "requests read them: restart the replica, and withdraw the adapter."
+            )
         idle_s = time.monotonic() - self._advanced_at
         if self._in_flight and idle_s > self._stall_after_s:
             raise RuntimeError(
@@ -278,7 +283,8 @@ class VllmEngine:
         for token, bias in params.logit_bias:
             biases[token] = biases.get(token, 0.0) + bias
         # An adapter that overflows is seen by a log-probability that is no number, and by nothing else.
-        logprobs = params.logprobs if params.logprobs is not None or request.adapter is None else 0
+        watched = request.adapter is not None or current_platform.is_cpu()
+        logprobs = params.logprobs if params.logprobs is not None or not watched else 0
         sampling = vllm.SamplingParams(
             max_tokens=max(1, params.max_tokens),  # 0 is for the prompt's log-probabilities alone: the token is dropped
             temperature=params.temperature,
@@ -306,12 +312,9 @@ class VllmEngine:
         return sampling
 
     def _structured(self, json_schema: str) -> StructuredOutputsParams:
-        """The schema with the limits on blanks that the embedded engine has; RequestError for what neither can follow."""
+        """What the embedded engine refuses, vLLM does not get. Blanks between tokens of JSON have no limit in its llguidance."""
         self._grammars.matcher(json_schema)
-        schema = json.loads(json_schema)
-        if not isinstance(schema, dict):
-            raise RequestError("the JSON schema is no object: vLLM takes objects only.", "response_format")
-        return StructuredOutputsParams(json={**schema, "x-guidance": SCHEMA_OPTIONS})
+        return StructuredOutputsParams(json=json_schema)
 
     def _in_loop(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -376,6 +379,7 @@ class VllmEngine:
             if part.logprobs is not None:
                 score = _scored(token, part.logprobs[place], params.logprobs or 0)
                 if math.isnan(score.logprob or 0.0):
+                    self._poisoned = current_platform.is_cpu()
                     return "error", texts, _BROKEN
                 if params.logprobs is not None:
                     running.logprobs.append(score)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MAX_SCHEMA = 100_000  # characters
 _STEP_FUEL = 50_000  # what one token's mask may cost; a quarter of llguidance's own limit, some 20 ms
 # Models that lost their way write blanks for ever, which JSON allows between any two tokens of its own.
-SCHEMA_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\r\t]{0,12}"}
+_OPTIONS: Any = {"whitespace_flexible": True, "whitespace_pattern": r"[ \n\r\t]{0,12}"}
 
 
 class Grammars:
@@ -46,7 +46,7 @@ class Grammars:
                 ends = self._stop_ids or None
                 self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary_size, eos_token=ends)
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json_schema, defaults=SCHEMA_OPTIONS)
+            grammar = LLMatcher.grammar_from_json_schema(json_schema, defaults=_OPTIONS)
             inner = LLMatcher(self._tables, grammar, limits=LLParserLimits(step_lexer_fuel=_STEP_FUEL))
             problem = inner.get_error()
         except ValueError as error:

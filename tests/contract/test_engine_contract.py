@@ -21,7 +21,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from service.errors import ConflictError, ModelError, NotFoundError, RequestError
+from service.errors import ConfigError, ConflictError, ModelError, NotFoundError, RequestError
 from service.inference.engine import Chunk, Engine, GenerationRequest, SamplingParams
 from tests.integration.tiny import save_adapter, save_base
 from tests.integration.waiting import wait_until
@@ -321,8 +321,10 @@ SCHEMA = {
 def test_an_answer_under_a_schema_is_json_of_that_schema(
     engine: Engine, models: Models, options: dict[str, Any]
 ) -> None:
+    """The random model would write blanks for ever, which JSON allows, and vLLM's llguidance without a limit."""
     free = ask(engine, models.prompts[0], "a")
-    sampling = greedy(max_tokens=200, json_schema=json.dumps(SCHEMA), **options)
+    blanks = tuple((token, -100.0) for token in models.tokenizer.encode(" \n"))
+    sampling = greedy(max_tokens=200, json_schema=json.dumps(SCHEMA), logit_bias=blanks, **options)
     for digest in ("a", None):
         answer = ask(engine, models.prompts[1], digest, sampling).ended()
         value = json.loads(answer.text)
@@ -416,19 +418,58 @@ def test_scaling_patterns_and_targets_are_those_of_peft(
     engine.unload_adapter("x")
 
 
-def test_an_adapter_that_overflows_ends_its_own_answers_only(engine: Engine, models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ENGINES)
+def test_an_adapter_that_overflows_never_makes_an_answer_wrong(models: Models, tmp_path: Path, kind: str) -> None:
+    """Its own end as errors. Beside it, an answer is right; vLLM's CPU build may end it as an error too, and says so."""
     wild = shutil.copytree(models.adapters["a"], tmp_path / "wild")
     _edit_tensors(wild, lambda _, tensor: tensor * 1e25)
-    engine.unload_adapter("c")
-    engine.load_adapter("wild", wild)
-    good = [(d, ask(engine, models.prompts[0], d)) for d in ("b", None)]
-    bad = [ask(engine, prompt, "wild") for prompt in models.prompts]
-    good += [(d, ask(engine, models.prompts[0], d)) for d in ("a", "b", None)]  # some on the memory that those leave
-    for answer in bad:
-        assert answer.ended().reason == "error" and "not finite" in str(answer.chunks[-1].error)
-    for digest, answer in good:
-        assert answer.ended().ids == models.answers[digest, 0]
-    engine.unload_adapter("wild")
+    engine = make(kind, models)
+    engine.start()
+    for name, directory in {"a": models.adapters["a"], "b": models.adapters["b"], "wild": wild}.items():
+        engine.load_adapter(name, directory)
+    spoilt: list[str | None] = []
+    for _ in range(2):  # the second time on the memory that the first one left
+        good = [(d, ask(engine, models.prompts[0], d)) for d in ("b", None)]
+        bad = [ask(engine, prompt, "wild") for prompt in models.prompts]
+        good += [(d, ask(engine, models.prompts[0], d)) for d in ("a", "b", None)]
+        for answer in bad:
+            assert answer.ended().reason == "error" and "not finite" in str(answer.chunks[-1].error)
+        for digest, answer in good:
+            if answer.ended().reason == "error":
+                spoilt.append(digest)
+            assert answer.ids == models.answers[digest, 0][: len(answer.ids)]
+    if kind == "torch":
+        assert spoilt == []
+        engine.check()
+    else:
+        with pytest.raises(RuntimeError, match="not finite in vLLM's key-value memory"):
+            engine.check()
+    engine.close()
+
+
+@pytest.mark.skipif("vllm" not in ENGINES, reason="vLLM is not installed here: make test-vllm")
+def test_vllm_refuses_what_it_would_do_otherwise_and_its_death_is_noticed(models: Models) -> None:
+    engine = make("vllm", models, max_lora_columns=8, num_slots=1)
+    try:
+        for options, words in (
+            ({"temperature": 0.001}, "vLLM takes 0 .greedy., or 0.01 and more"),
+            ({"logit_bias": ((1, 1.0),), "repetition_penalty": 1.1}, "another order"),
+        ):
+            with pytest.raises(RequestError, match=words):
+                ask(engine, models.prompts[0], None, greedy(**options))
+        process = next(iter(engine._llm.engine_core.resources.engine_manager.processes))  # type: ignore[attr-defined]
+        answer = ask(engine, models.prompts[0], None, greedy(max_tokens=200))
+        assert answer.first.wait(DEADLINE_S)
+        process.kill()
+        assert answer.ended().reason == "error"
+        with pytest.raises(RuntimeError, match="process has died"):
+            engine.check()
+        with pytest.raises(RuntimeError, match="process has died"):
+            engine.load_adapter("a", models.adapters["a"])
+    finally:
+        engine.close()
+    with pytest.raises(ConfigError, match=r"engine\.vllm\.max_rank"):
+        make("vllm", models, max_lora_columns=4)
 
 
 def test_what_runs_and_what_waits_is_counted(engine: Engine, models: Models) -> None:

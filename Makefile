@@ -37,7 +37,7 @@ VLLM_BIN := .venv-vllm/bin
 	touch $@
 
 test-vllm: .venv-vllm/.installed
-	$(VLLM_BIN)/python -m pytest tests/contract -W default
+	$(VLLM_BIN)/python -m pytest tests/contract tests/integration/test_serve_vllm.py -W default
 
 # Prints tables and ratios; asserts nothing. On a quiet machine, please.
 bench: setup

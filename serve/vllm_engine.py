@@ -330,6 +330,7 @@ class VllmEngine:
             raise RuntimeError("vLLM's process has died: restart the replica; the log has the reason.")
 
     def _stop_loop(self) -> None:
+        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -448,6 +449,14 @@ class VllmEngine:
 async def _started(arguments: vllm.AsyncEngineArgs) -> AsyncLLM:
     """On the loop it belongs to; nothing else runs there yet."""
     return AsyncLLM.from_engine_args(arguments)
+
+
+async def _cancel_others() -> None:
+    """What vLLM left running on the loop."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def _read_shapes(model_dir: Path) -> tuple[dict[str, tuple[int, int]], int]:

@@ -16,6 +16,7 @@ import itertools
 import logging
 import math
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Mapping
@@ -148,9 +149,16 @@ class VllmEngine:
         try:
             arguments.kv_cache_memory_bytes = _kv_bytes(arguments, kv_bytes, prefix_bytes)
             self._llm = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop).result()
+            self._watchdog = _watchdog(self.process_ids)
         except (ValueError, RuntimeError, OSError) as error:
             self._stop_loop()
             raise ModelError(f"{model_dir} cannot be served by vLLM: {error}") from error
+
+    @property
+    def process_ids(self) -> list[int]:
+        """vLLM's own processes; those that they start end with them."""
+        manager = self._llm.engine_core.resources.engine_manager
+        return [process.pid for process in manager.processes]
 
     @property
     def free_columns(self) -> int:
@@ -260,6 +268,8 @@ class VllmEngine:
             self._closing = True
         asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
         self._llm.shutdown(timeout=_CLOSE_WITHIN_S)
+        self._watchdog.kill()
+        self._watchdog.communicate()
         self._stop_loop()
 
     # On the caller's thread.
@@ -449,6 +459,15 @@ class VllmEngine:
 async def _started(arguments: vllm.AsyncEngineArgs) -> AsyncLLM:
     """On the loop it belongs to; nothing else runs there yet."""
     return AsyncLLM.from_engine_args(arguments)
+
+
+def _watchdog(process_ids: list[int]) -> subprocess.Popen[bytes]:
+    """Ends vLLM's processes when this one dies without a close: they were seen to go on for ever, and to keep their memory."""
+    pids = " ".join(map(str, process_ids))
+    script = f"read -r _; kill {pids}; sleep {_CLOSE_WITHIN_S:.0f}; kill -9 {pids}"
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 async def _cancel_others() -> None:

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -457,10 +461,9 @@ def test_vllm_refuses_what_it_would_do_otherwise_and_its_death_is_noticed(models
         ):
             with pytest.raises(RequestError, match=words):
                 ask(engine, models.prompts[0], None, greedy(**options))
-        process = next(iter(engine._llm.engine_core.resources.engine_manager.processes))  # type: ignore[attr-defined]
         answer = ask(engine, models.prompts[0], None, greedy(max_tokens=200))
         assert answer.first.wait(DEADLINE_S)
-        process.kill()
+        os.kill(engine.process_ids[0], signal.SIGKILL)  # type: ignore[attr-defined]
         assert answer.ended().reason == "error"
         with pytest.raises(RuntimeError, match="process has died"):
             engine.check()
@@ -470,6 +473,27 @@ def test_vllm_refuses_what_it_would_do_otherwise_and_its_death_is_noticed(models
         engine.close()
     with pytest.raises(ConfigError, match=r"engine\.vllm\.max_rank"):
         make("vllm", models, max_lora_columns=4)
+
+
+@pytest.mark.skipif("vllm" not in ENGINES, reason="vLLM is not installed here: make test-vllm")
+def test_vllm_does_not_outlive_a_replica_that_is_killed(models: Models) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from transformers import AutoTokenizer;"
+        "from serve.vllm_engine import VllmEngine; base = Path(sys.argv[1]);"
+        "engine = VllmEngine(base, tokenizer=AutoTokenizer.from_pretrained(base), stop_ids=(), max_context=64);"
+        "print(*engine.process_ids, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(models.base)],
+        check=False,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert done.returncode == -signal.SIGKILL
+    pids = [int(word) for word in done.stdout.splitlines()[-1].split()]
+    assert pids
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "vLLM's processes end", DEADLINE_S)
 
 
 def test_what_runs_and_what_waits_is_counted(engine: Engine, models: Models) -> None:

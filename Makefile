@@ -28,7 +28,8 @@ test-long: setup
 	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
 
 # The engines' contract on vLLM's CPU build, in an environment of its own: it pins another transformers. Complete pins and
-# --no-deps, because it asks for torchvision, torchaudio and torchcodec too, which it does without. Its imports warn.
+# --no-deps, because it asks for torchvision, torchaudio and torchcodec too, which it does without. Its imports warn, and
+# bring Ray, which the endpoint's test wants to import itself: two calls.
 VLLM_BIN := .venv-vllm/bin
 .venv-vllm/.installed: pyproject.toml constraints-vllm.txt
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
@@ -37,7 +38,8 @@ VLLM_BIN := .venv-vllm/bin
 	touch $@
 
 test-vllm: .venv-vllm/.installed
-	$(VLLM_BIN)/python -m pytest tests/contract tests/integration/test_serve_vllm.py -W default
+	$(VLLM_BIN)/python -m pytest tests/contract -W default
+	$(VLLM_BIN)/python -m pytest tests/integration/test_serve_vllm.py -W default
 
 # Prints tables and ratios; asserts nothing. On a quiet machine, please.
 bench: setup

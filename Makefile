@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test test-long bench lint
+.PHONY: setup demo test test-long test-vllm bench lint
 
 setup: $(STAMP)
 
@@ -26,6 +26,20 @@ test-long: setup
 	$(BIN)/python -m pytest -m long --ignore tests/integration/test_readme.py --ignore tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m long tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
+
+# The engines' contract on vLLM's CPU build, in an environment of its own: it pins another transformers. Complete pins and
+# --no-deps, because it asks for torchvision, torchaudio and torchcodec too, which it does without. Its imports warn, and
+# bring Ray, which the endpoint's test wants to import itself: two calls.
+VLLM_BIN := .venv-vllm/bin
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv .venv-vllm
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM_BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-vllm: .venv-vllm/.installed
+	$(VLLM_BIN)/python -m pytest tests/contract -W default
+	$(VLLM_BIN)/python -m pytest tests/integration/test_serve_vllm.py -W default
 
 # Prints tables and ratios; asserts nothing. On a quiet machine, please.
 bench: setup

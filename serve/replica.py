@@ -2,14 +2,13 @@
 
 It renders the prompt, waits for the adapter, submits to the engine and streams what comes; a caller that goes away
 cancels its request in the engine. No HTTP here (`gateway.py`), no decisions about adapters (`adapters.py`), no decoding
-(`service/inference/`).
+(`engines.py` makes the engine).
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +21,7 @@ import ray.serve as ray_serve
 from serve.adapter_sync import AdapterSync
 from serve.adapter_uris import AdapterUris
 from serve.desired import Base, EndpointFiles
+from serve.engines import make_engine
 from serve.openai_api import Ask, Prompt
 from serve.outbox import Batch, Outboxes
 from serve.parts import Part, Started, Taken, part_of
@@ -40,31 +40,12 @@ class EngineReplica:
     def __init__(
         self, base: Base, files: EndpointFiles, cache: Path, precision: str, engine: EngineBlock, uris: AdapterUris
     ) -> None:
-        import torch
-
-        from service.inference.torch_engine import TorchEngine
         from service.render import load_renderer
 
-        # Ray sets OMP_NUM_THREADS=1 for a fraction of a CPU, which is what it was asked to reserve, not what may be used.
-        torch.set_num_threads(engine.threads or len(os.sched_getaffinity(0)))
         model = resolve_base_model(base.source, cache, base.revision, files.home)
         self._renderer = load_renderer(model.path, base.chat_template)
         _check_same(base, model.digest, self._renderer.digest)
-        self._engine = TorchEngine(
-            model.path,
-            dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            num_slots=engine.slots,
-            max_context=engine.max_context,
-            max_lora_columns=engine.lora_columns,
-            kv_bytes=engine.kv_bytes,
-            prefix_bytes=engine.prefix_bytes,
-            host_bytes=engine.host_bytes,
-            base_bits=engine.base_bits,
-            double_quant=engine.double_quant,
-            stop_ids=self._renderer.stop_ids,
-            tokenizer=self._renderer.tokenizer,
-        )
+        self._engine = make_engine(model.path, self._renderer, precision, engine)
         self._engine.start()
         self._name: str = ray_serve.get_replica_context().replica_tag
         self._adapters = AdapterSync(self._engine, files, base.digest, self._name.replace("#", "-"), cache, uris)

@@ -291,8 +291,17 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int) and value > 0
 
 
+class VllmBlock(Block):
+    """What only vLLM needs: the columns that each adapter takes, whatever its rank. Of these sizes vLLM has kernels."""
+
+    max_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 32
+
+
 class EngineBlock(Block):
     """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all).
+
+    `backend`: the embedded engine (torch) or vLLM; auto is vLLM on CUDA where it is installed. What follows holds for both
+    but for three: vLLM reads an adapter that comes back from its files (no `host_bytes`), and does not quantise.
 
     `kv_bytes` limits the memory of the slots' keys and values: there are fewer slots then. `prefix_bytes` are kept of
     prompts seen before, in host or GPU memory, wherever the model is; 0 computes every prompt anew. `host_bytes` of adapters
@@ -300,6 +309,7 @@ class EngineBlock(Block):
     with its scales quantised too: `double_quant`) or 8 (int8) quantises the base as it is loaded, adapters stay exact.
     """
 
+    backend: Literal["auto", "torch", "vllm"] = "auto"
     slots: int = Field(default=16, ge=1, le=1024)
     max_context: int = Field(default=2048, ge=16)
     lora_columns: int = Field(default=256, ge=0)
@@ -309,6 +319,7 @@ class EngineBlock(Block):
     host_bytes: int = Field(default=2**30, ge=0)
     base_bits: Literal[4, 8, 16] = 16
     double_quant: bool = True
+    vllm: VllmBlock = VllmBlock()
 
 
 class ReplicasBlock(_Bounds):
@@ -353,6 +364,13 @@ class ServeConfig(Block):
     def max_replicas(self) -> int:
         """The most that there are."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.max
+
+    @classmethod
+    def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """What vLLM was asked for and the embedded engine alone does."""
+        bits = value_at(values, "engine.base_bits")
+        if value_at(values, "engine.backend") == "vllm" and bits in (4, 8):
+            yield f"engine.base_bits: {bits} is not served by vLLM here. Set engine.backend: torch, or leave base_bits out."
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:

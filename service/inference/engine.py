@@ -1,7 +1,8 @@
 """What a serving engine is: the values that go in and out, and the protocol both engines answer to.
 
 An engine holds one base model and the adapters resident beside it. It knows nothing of Ray, HTTP, names, versions or
-aliases: adapters are called by their digest. `torch_engine.py` implements the protocol; `serve/` drives it.
+aliases: adapters are called by their digest. `torch_engine.py` and `serve/vllm_engine.py` implement the protocol; `serve/`
+drives it.
 """
 
 from __future__ import annotations
@@ -91,6 +92,23 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: str | None = None
+
+
+def check_request(request: GenerationRequest, vocabulary_size: int, max_context: int) -> None:
+    """Raises RequestError for token ids that the model has not, an empty prompt, and more tokens than the context holds."""
+    num_prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+    if num_prompt == 0:
+        raise RequestError("the prompt is empty: send at least one token.", param="prompt")
+    if not all(0 <= token < vocabulary_size for token in request.prompt_ids):
+        raise RequestError(f"the prompt holds token ids outside 0 to {vocabulary_size - 1}.", param="prompt")
+    if not all(0 <= token < vocabulary_size for token, _ in request.sampling.logit_bias):
+        raise RequestError(f"logit_bias holds token ids outside 0 to {vocabulary_size - 1}.", param="logit_bias")
+    if num_prompt + max_tokens > max_context:
+        raise RequestError(
+            f"prompt of {num_prompt} tokens and max_tokens {max_tokens} are {num_prompt + max_tokens}, the context "
+            f"holds {max_context}: shorten the prompt or lower max_tokens.",
+            param="max_tokens",
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""One request in flight: its prompt, its answer so far, and how far each has come. `torch_engine.py` moves it on."""
+"""One request in flight: its prompt, its answer so far, and how far each has come. An engine moves it on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ from service.inference.sampling import Sampler
 
 
 @dataclass(eq=False)  # two requests are never the same
-class RequestState:
-    """One request in flight. Its tokens are the prompt's, then the answer's; `num_fed` of them are in its slot."""
+class Answering:
+    """An answer as its listener gets it, whoever chooses the tokens."""
 
     request: GenerationRequest
     on_chunk: OnChunk
     text: TextStream
-    sampler: Sampler
     stop_ids: frozenset[int]
-    slot: int | None = None
-    num_fed: int = 0
     num_cached: int = 0
     answer: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -28,10 +25,18 @@ class RequestState:
     cancelled: bool = False
     finished: bool = False
 
-    @property
-    def is_decoding(self) -> bool:
-        """Whether all but its newest token is in the slot."""
-        return self.num_fed >= len(self.request.prompt_ids)
+    def take(self, token: int) -> tuple[str, FinishReason | None]:
+        """Take one token in: the text that is certain with it, and why the answer ends here, if it does."""
+        self.answer.append(token)
+        if token in self.stop_ids:
+            return self.text.finish(), "stop"
+        text = self.text.push(token)
+        if self.text.stopped:
+            return text, "stop"
+        if len(self.answer) == self.request.sampling.max_tokens:
+            text += self.text.finish()
+            return text, "stop" if self.text.stopped else "length"
+        return text, None
 
     def next_chunk(self, text: str, reason: FinishReason | None, error: str | None) -> Chunk:
         """What goes to the listener now: this text, and all tokens since the last chunk."""
@@ -47,3 +52,17 @@ class RequestState:
             logprobs=tuple(self.logprobs[new]),
             prompt_logprobs=tuple(self.prompt_logprobs) if new.start == 0 else (),
         )
+
+
+@dataclass(eq=False, kw_only=True)
+class RequestState(Answering):
+    """A request in the embedded engine. Its tokens are the prompt's, then the answer's; `num_fed` are in its slot."""
+
+    sampler: Sampler
+    slot: int | None = None
+    num_fed: int = 0
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all but its newest token is in the slot."""
+        return self.num_fed >= len(self.request.prompt_ids)

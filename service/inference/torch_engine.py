@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from service.domain import BaseBits
-from service.errors import ConflictError, ModelError, NotFoundError, RequestError
+from service.errors import ConflictError, ModelError, NotFoundError
 from service.inference.adapter_files import LoraTensors, read_adapter
 from service.inference.byte_lru import ByteLru
 from service.inference.decoder import Decoder
@@ -33,6 +33,7 @@ from service.inference.engine import (
     GenerationRequest,
     OnChunk,
     TokenLogprob,
+    check_request,
 )
 from service.inference.fair_queue import FairQueue
 from service.inference.grammar import Grammars
@@ -118,15 +119,15 @@ class TorchEngine:
 
         With a JSON schema this may take a while: the schema is read here, on the caller's thread.
         """
-        self._check_request(request)
+        check_request(request, self._decoder.vocabulary_size, self.max_context)
         params = request.sampling
         matcher = None if params.json_schema is None else self._grammars.matcher(params.json_schema)
         sequence = RequestState(
             request,
             on_chunk,
             TextStream(self._tokenizer, request.prompt_ids, params.stop),
-            Sampler(params, request.prompt_ids, matcher),
             (frozenset() if params.ignore_eos else self._stop_ids) | frozenset(params.stop_ids),
+            sampler=Sampler(params, request.prompt_ids, matcher),
         )
         with self._changed:
             if self._closing:
@@ -235,7 +236,7 @@ class TorchEngine:
             return on_chunk
 
         for request in requests:
-            self._check_request(request)
+            check_request(request, self._decoder.vocabulary_size, self.max_context)
         for index, request in enumerate(requests):
             self.submit(request, collect(index))
         while requests and not done.is_set():
@@ -418,18 +419,12 @@ class TorchEngine:
 
     def _advance(self, sequence: RequestState, token: int) -> None:
         """Take one token in: text that is certain goes out, and the end is noticed."""
-        sequence.answer.append(token)
         sequence.sampler.accept(token)
-        if token in sequence.stop_ids:
-            return self._finish(sequence, "stop", sequence.text.finish())
-        text = sequence.text.push(token)
-        if sequence.text.stopped:
-            return self._finish(sequence, "stop", text)
-        if sequence.sampler.is_done:
-            return self._finish(sequence, "stop", text + sequence.text.finish())
-        if len(sequence.answer) == sequence.request.sampling.max_tokens:
-            text += sequence.text.finish()
-            return self._finish(sequence, "stop" if sequence.text.stopped else "length", text)
+        text, reason = sequence.take(token)
+        if reason != "stop" and sequence.sampler.is_done:
+            text, reason = text + sequence.text.finish(), "stop"
+        if reason:
+            return self._finish(sequence, reason, text)
         if text:
             self._send(sequence, text)
         return None
@@ -473,19 +468,3 @@ class TorchEngine:
             reason = f"the engine failed in a step ({type(error).__name__}); nothing more is generated. Send it again."
             for sequence in concerned:
                 self._finish(sequence, "error", error=reason)
-
-    def _check_request(self, request: GenerationRequest) -> None:
-        num_prompt, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
-        if num_prompt == 0:
-            raise RequestError("the prompt is empty: send at least one token.", param="prompt")
-        vocabulary = self._decoder.vocabulary_size
-        if not all(0 <= token < vocabulary for token in request.prompt_ids):
-            raise RequestError(f"the prompt holds token ids outside 0 to {vocabulary - 1}.", param="prompt")
-        if not all(0 <= token < vocabulary for token, _ in request.sampling.logit_bias):
-            raise RequestError(f"logit_bias holds token ids outside 0 to {vocabulary - 1}.", param="logit_bias")
-        if num_prompt + max_tokens > self.max_context:
-            raise RequestError(
-                f"prompt of {num_prompt} tokens and max_tokens {max_tokens} are {num_prompt + max_tokens}, the context "
-                f"holds {self.max_context}: shorten the prompt or lower max_tokens.",
-                param="max_tokens",
-            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,28 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("max_context", 100_000, "512"),  # the tiny model has 512 positions: the engine refuses, in the replica
+        pytest.param(
+            *("backend", "vllm", r"pip install 'loray\[vllm\]'"),
+            marks=pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed: make test-vllm"),
+        ),
+    ],
+    ids=["context", "no vllm"],
+)
 def test_a_replica_that_cannot_start_leaves_no_application_and_no_registration(
-    ray_cluster: str, config: ServeConfig, registry: Registry, settings: Settings
+    ray_cluster: str, config: ServeConfig, registry: Registry, settings: Settings, key: str, value: Any, words: str
 ) -> None:
     import ray.serve as ray_serve
 
     from serve import app
 
     values = config.model_dump(by_alias=True)
-    values["engine"]["max_context"] = 100_000  # the tiny model has 512 positions: the engine refuses, in the replica
+    values["engine"][key] = value
     values["adapters"] = ("red@1",)
-    with pytest.raises(ClusterError, match="512"):
+    with pytest.raises(ClusterError, match=words):
         app.start(ServeConfig.model_validate(values), settings)
     assert ray_serve.status().applications == {}
     assert EndpointFiles(settings.home, config.endpoint).read().adapters == {}, "the registration is taken back"

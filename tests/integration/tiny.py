@@ -33,22 +33,23 @@ def save_tokenizer(directory: Path, template: str = CHATML) -> PreTrainedTokeniz
     return tokenizer
 
 
-def save_base(directory: Path, seed: int = 0) -> Path:
-    """A random Llama with its tokenizer, as safetensors."""
+def save_base(directory: Path, seed: int = 0, **options: Any) -> Path:
+    """A random Llama with its tokenizer, as safetensors; `options` are of its config."""
     tokenizer = save_tokenizer(directory)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    shape: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = LlamaConfig(**(shape | options))
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -61,7 +62,8 @@ def save_adapter(base: Path, directory: Path, seed: int, rank: int = 8, **option
     """A random LoRA on `base` so strong that it changes every answer."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
+    settings = {"lora_alpha": 2 * rank, "target_modules": TARGETS, "task_type": "CAUSAL_LM"} | options
+    config = LoraConfig(r=rank, **settings)
     tuned = get_peft_model(model, config)
     for name, weight in tuned.named_parameters():
         if "lora_B" in name:

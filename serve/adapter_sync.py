@@ -101,7 +101,7 @@ class AdapterSync:
         except TimeoutError:
             with self._lock:
                 adapter = self._table.adapters.get(target.digest)
-                state = f"{adapter.state} {adapter.detail}".strip() if adapter else "unknown here"
+                state = adapter.state if adapter else "unknown here"
             raise ConflictError(
                 f"adapter {target.model} was not loaded within {LOAD_WAIT_S:g} s; it is {state}. "
                 "Try again, or unload others with DELETE /v1/adapters/NAME."
@@ -126,7 +126,7 @@ class AdapterSync:
             while True:
                 changed = self._changed  # taken before looking: a change in between is not missed
                 with self._lock:
-                    up_to_date = self._table.epoch >= epoch
+                    up_to_date = self._table.epoch >= epoch or self._table.is_available(target.digest)
                     digest = self._table.acquire(target.digest, target.label) if up_to_date else None
                     if digest is not None:
                         self._running += 1

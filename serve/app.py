@@ -226,10 +226,13 @@ def _roots(config: ServeConfig) -> tuple[str, ...]:
 
 def _adapters(config: ServeConfig, base: Base, registry: Registry, uris: AdapterUris) -> dict[str, Registered]:
     """The config's adapters by label, or ConfigError with all that is wrong with them."""
-    problems, wanted = [], {}
+    problems: list[str] = []
+    wanted: dict[str, Registered] = {}
     for model in config.adapters:
         try:
             label = default_label(model)
+            if label in wanted:
+                raise ConfigError(f"{model} and {wanted[label].model} would both be called {label!r}. PUT one later.")
             if is_uri(model):
                 wanted[label] = from_uri(label, model, None, base, uris)
             else:

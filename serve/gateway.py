@@ -7,9 +7,11 @@ desired state (`desired.py`), answers made by the engine deployment (`replica.py
 
 # No `from __future__ import annotations`: ray_serve.ingress rebuilds these methods, and FastAPI must see real types.
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray.serve as ray_serve
@@ -63,6 +65,7 @@ class Gateway:
         self._metrics = Metrics()
         self._routes = LastKnown(self._read_routes, "adapters")
         self._reports = LastKnown(self._read_reports, "replicas")
+        self._hashing = ThreadPoolExecutor(1, "loray-uris")  # whole adapters: the other threads stay free for requests
         self._behind: dict[str, str] = {}  # why a label has not followed its alias
 
     @http.get("/openapi.json")
@@ -132,6 +135,7 @@ class Gateway:
     async def adapters(self, request: Request) -> Response:
         """Every registered adapter with its state on every live replica, and those that drain."""
         http_body.allow(request, self._keys, "admin")
+        await self._routes.get(0.0)  # names follow their aliases
         return JSONResponse(await asyncio.to_thread(self._state))
 
     @http.put("/v1/adapters/{name:path}")
@@ -144,7 +148,8 @@ class Gateway:
         if wanted.uri is None:
             entry = await asyncio.to_thread(registrable, name, str(wanted.model), self._base, self._registry)
         else:
-            entry = await asyncio.to_thread(from_uri, name, wanted.uri, wanted.base_model, self._base, self._uris)
+            pin = functools.partial(from_uri, name, wanted.uri, wanted.base_model, self._base, self._uris)
+            entry = await asyncio.get_running_loop().run_in_executor(self._hashing, pin)
         entry = entry.model_copy(update={"pin": wanted.pin})
         registration = await asyncio.to_thread(register, self._files, {name: entry})
         self._routes.changed()

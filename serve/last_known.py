@@ -1,7 +1,8 @@
 """A value out of the store that requests need: read anew when it is old, and the last one known while no store answers.
 
 One reading at a time, on a thread. A store that keeps silent, or fails, holds a request up once at most, for PATIENCE_S:
-until it answers again, requests get the last known value at once and the next reading goes on beside them.
+until it answers again, requests get the last known value at once. It is asked again every AGAIN_S, whether requests come
+or not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Generic, TypeVar
 from service.errors import StorageError
 
 PATIENCE_S = 2.0
+AGAIN_S = 1.0
 _log = logging.getLogger(__name__)
 ValueT = TypeVar("ValueT")
 
@@ -29,6 +31,7 @@ class LastKnown(Generic[ValueT]):
         self._changed_at = 0.0
         self._away = False  # the last reading failed, or is not done after PATIENCE_S
         self._reading: asyncio.Task[Exception | None] | None = None
+        self._asking: asyncio.Task[None] | None = None  # while the store is away
 
     def changed(self) -> None:
         """Somebody here has just written to the store: what was read before is old, and the store answers."""
@@ -45,14 +48,12 @@ class LastKnown(Generic[ValueT]):
             patience_s = None if self._value is None else 0.0 if self._away else PATIENCE_S
             await asyncio.wait({reading}, timeout=patience_s)
             if not reading.done():
-                self._away = True
-                _log.warning("answering from the last known %s, the store is silent", self._what)
+                self._gone("it is silent")
                 break
             error = reading.result()
             if error is not None:
                 if self._value is None or not isinstance(error, StorageError):
                     raise error
-                _log.warning("answering from the last known %s, the store does not answer: %s", self._what, error)
                 break
         assert self._value is not None
         return self._value
@@ -63,10 +64,27 @@ class LastKnown(Generic[ValueT]):
         try:
             self._value = await asyncio.to_thread(self._read)
         except Exception as error:
-            self._away = isinstance(error, StorageError)
+            if isinstance(error, StorageError):
+                self._gone(str(error))
             return error
         else:
             self._read_at, self._away = began, False
             return None
         finally:
             self._reading = None
+
+    def _gone(self, why: str) -> None:
+        """The store does not answer: say so once, and ask it until it does."""
+        if self._value is not None and not self._away:
+            _log.warning("answering from the last known %s, the store does not answer: %s", self._what, why)
+            self._away = True
+        if self._asking is None and self._away:
+            self._asking = asyncio.create_task(self._ask_again())
+
+    async def _ask_again(self) -> None:
+        while self._away:
+            await asyncio.sleep(AGAIN_S)
+            if self._reading is None:
+                self._reading = asyncio.create_task(self._refresh())
+            await asyncio.wait({self._reading})
+        self._asking = None

@@ -8,20 +8,22 @@ later, as every adapter is, by its tensors (`service/inference/adapter_files.py`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from serve.adapter_uris import AdapterUris, Found
-from serve.desired import Base, Desired, EndpointFiles
+from serve.desired import Base, Desired, EndpointFiles, ReplicaReport
 from serve.field_kinds import BOOLEAN, object_schema, text
 from serve.openai_fields import Fields
 from serve.routing import Registered
 from service.domain import Manifest, ModelRef, check_name
-from service.errors import ConfigError, ConflictError, ModelError, NotFoundError
+from service.errors import ConfigError, ConflictError, LorayError, ModelError, NotFoundError
 from service.registry import DEFAULT_ALIAS, Registry, model_digest
 
 SHOWN_DIGITS = 12
+SHOWN_REASON = 500  # characters
 _GIVEN, _ABSENT = {"type": "string"}, {"type": "null"}
 _PINNED = "@sha256-"  # before the digits of the digest: twelve of them alone could be a version's number
 
@@ -80,30 +82,58 @@ def follow(
 ) -> tuple[Desired, dict[str, str]]:
     """The desired state once every label has what its alias points at now; by label, why some keep what they have.
 
-    `aliases` is what the registry says (family -> alias -> version). An alias that was deleted moves nobody.
+    `aliases` is what the registry says (family -> alias -> version). An alias that was deleted moves nobody, and what
+    goes wrong with one label is that label's own trouble. A version that a live replica refuses is left again.
     """
     moved, behind = {}, {}
-    for label, entry in desired.adapters.items():
-        ref = ModelRef.parse(entry.follows or entry.model)
+    following = {label: entry for label, entry in desired.adapters.items() if entry.follows}
+    reports = files.live_reports(time.time()) if any(entry.before for entry in following.values()) else []
+    for label, entry in following.items():
+        ref = ModelRef.parse(str(entry.follows))
         version = aliases.get(ref.family, {}).get(ref.alias or "")
-        if entry.follows is None or version is None or entry.model == str(ref.at(version)):
-            continue
         try:
-            now = servable(str(ref.at(version)), base, registry)
-        except (ModelError, NotFoundError) as error:
+            after = entry if version is None else _following(entry, str(ref.at(version)), reports, base, registry)
+        except LorayError as error:
             behind[label] = f"{entry.follows} has moved, and it stays with {entry.model}: {error}"
-        else:
-            moved[label] = (entry, entry.model_copy(update={"model": now.model, "digest": now.digest}))
+            continue
+        if after != entry:
+            moved[label] = (entry, after)
+        if after.refused:
+            behind[label] = f"{entry.follows} has moved, and it stays with {after.model}: {': '.join(after.refused)}"
 
     def with_moved(current: Desired) -> Desired:
         new = {
-            label: after.model_copy(update={"since": current.epoch})
+            label: after if after.model == before.model else after.model_copy(update={"since": current.epoch})
             for label, (before, after) in moved.items()
             if current.adapters.get(label) == before  # or somebody has changed it since
         }
         return current.model_copy(update={"adapters": {**current.adapters, **new}})
 
-    return (files.change(with_moved) if moved else desired), behind
+    try:
+        return (files.change(with_moved) if moved else desired), behind
+    except LorayError as error:
+        return desired, {**behind, **dict.fromkeys(moved, f"what it follows has moved, and cannot be written: {error}")}
+
+
+def _following(
+    entry: Registered, model: str, reports: Sequence[ReplicaReport], base: Base, registry: Registry
+) -> Registered:
+    """The entry of a label whose alias points at `model`: moved there, or back because replicas refused it, or as it is."""
+    if entry.model == model and entry.before:
+        seen = [r.adapters[entry.digest] for r in reports if r.epoch >= entry.since and entry.digest in r.adapters]
+        reason = next((report.detail for report in seen if report.state == "refused"), None)
+        if reason is not None:
+            back = {"model": entry.before[0], "digest": entry.before[1], "before": None}
+            return entry.model_copy(update={**back, "refused": (entry.model, reason[:SHOWN_REASON])})
+        if any(report.state == "resident" for report in seen):
+            return entry.model_copy(update={"before": None})
+    if entry.model == model:
+        return entry.model_copy(update={"refused": None})
+    if entry.refused and entry.refused[0] == model:
+        return entry
+    now = servable(model, base, registry)
+    before = (entry.model, entry.digest)
+    return entry.model_copy(update={"model": now.model, "digest": now.digest, "before": before, "refused": None})
 
 
 def servable(model: str, base: Base, registry: Registry) -> Registered:

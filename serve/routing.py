@@ -1,16 +1,17 @@
 """From the model name in a request to the one Model that answers it: pure, no I/O, nothing guessed.
 
 The base answers to its own name, `name@version` only if that version is registered here, `name@alias` to what the alias
-points at, a bare name to its split, else to its alias `production`, else to a registered label of that text. There is no
-"latest": a name that means nothing is an error that lists the known ones. Who loads and unloads is in `adapters.py`.
+points at. A bare name means its split, else what was registered under it as it stands (a version, or a URI's adapter), else
+what its alias `production` points at. There is no "latest": a name that means nothing is an error that lists the known ones. Who loads and unloads is in `adapters.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import islice
 
 from pydantic import BaseModel, ConfigDict
 
@@ -18,6 +19,7 @@ from service.domain import FileEntry, ModelRef
 from service.errors import ConfigError, NotFoundError
 from service.registry import DEFAULT_ALIAS
 
+SHOWN_NAMES = 20
 _UNKNOWN = " is not known to this endpoint"
 
 
@@ -42,7 +44,9 @@ class Registered(BaseModel):
     """One entry of the desired state: `digest` is its identity, `model` what answers say of it.
 
     That is a version such as tickets@1, or for one with a `source`, `label@sha256-` and the first 12 digits of the digest.
-    One that `follows` an alias (tickets@production) is given the version that this points at, whenever it moves.
+    One that `follows` an alias (tickets@production) is given the version that this points at, whenever it moves. Until a
+    replica has that resident, `before` is the entry's (model, digest) to go back to; `refused` is a version that it came
+    back from, and why.
     `since` is the epoch of its last PUT: one that was evicted or refused is tried again when it is PUT again. A pinned one
     stays resident.
     """
@@ -55,6 +59,8 @@ class Registered(BaseModel):
     pin: bool = False
     source: Source | None = None
     follows: str | None = None
+    before: tuple[str, str] | None = None
+    refused: tuple[str, str] | None = None
 
 
 class Arm(BaseModel):
@@ -111,12 +117,18 @@ class Routes:
 
     def names(self) -> list[tuple[str, str]]:
         """Every name that answers, with its digest: the base first, then labels, versions, aliases and bare names."""
+        return list(self.answering())
+
+    def answering(self) -> Iterator[tuple[str, str]]:
+        """The same, one by one."""
         candidates = [self.base, *sorted(self.labels), *sorted(entry.model for entry in self.labels.values())]
         for family, aliases in sorted(self.aliases.items()):
             candidates += [*(f"{family}@{alias}" for alias in sorted(aliases)), family]
         candidates += sorted(self.splits)
-        found = [(name, _find(name, self)) for name in dict.fromkeys(candidates)]
-        return [(name, target.digest) for name, target in found if isinstance(target, Target)]
+        for name in dict.fromkeys(candidates):
+            target = _find(name, self)
+            if isinstance(target, Target):
+                yield name, target.digest
 
 
 @dataclass(frozen=True)
@@ -140,7 +152,8 @@ def resolve(name: str, routes: Routes, key: str | None = None) -> Target:
     found = _find(name, routes, key)
     if isinstance(found, Target):
         return found
-    known = ", ".join(known for known, _ in routes.names())
+    first = list(islice(routes.answering(), SHOWN_NAMES))
+    known = ", ".join([*(name for name, _ in first), *(["... (GET /v1/models)"] if len(first) == SHOWN_NAMES else [])])
     shown = name if len(name) <= 100 else f"{name[:100]}..."
     raise UnknownModelError(
         f"model {shown!r}{found}. Known names: {known}. PUT /v1/adapters/NAME registers an adapter."
@@ -179,6 +192,9 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
         return _UNKNOWN
     if ref.version is not None:
         return _at(str(ref.at(ref.version)), name, routes, "its version")
+    entry = routes.labels.get(name)
+    if entry is not None and entry.follows is None:
+        return Target(entry.model, entry.digest, label=name, by=f"adapter name {name!r}")
     alias = ref.alias or DEFAULT_ALIAS
     version = routes.aliases.get(ref.family, {}).get(alias)
     if version is not None:
@@ -189,7 +205,6 @@ def _find(name: str, routes: Routes, key: str | None = None) -> Target | str:
             return found
         kept = routes.labels[follower]  # it has not followed, or cannot: GET /v1/adapters says why
         return Target(kept.model, kept.digest, label=follower, by=f"{by}, as far as {follower!r} has followed it")
-    entry = routes.labels.get(name)
     return Target(entry.model, entry.digest, label=name, by=f"adapter name {name!r}") if entry else _UNKNOWN
 
 

@@ -478,8 +478,8 @@ def test_an_alias_that_moves_is_followed_without_a_put_and_never_unanswered(
 
     def detail() -> str:
         assert endpoint.post(model="green", max_tokens=1).json()["model"] == "green@2"
-        (row,) = endpoint.http.get("/v1/adapters").json()["data"]
-        return str(row["detail"])
+        rows = endpoint.http.get("/v1/adapters").json()["data"]
+        return str(next(row["detail"] for row in rows if row["name"] == "green"))
 
     wait_until(lambda: "ffffffffffff" in detail(), "the reason is told")
     clear(endpoint)

@@ -210,7 +210,8 @@ def test_an_adapter_larger_than_the_whole_bank_is_refused_with_both_numbers() ->
     bench = Bench(columns=16)
     bench.want(h="huge")
     assert bench.state("huge") is AdapterState.REFUSED
-    with pytest.raises(ModelError, match="needs 64 columns, the endpoint has 16"):
+    assert "needs 64 columns, the endpoint has 16" in bench.table.adapters["huge"].detail
+    with pytest.raises(ModelError, match="is refused by its replica"):
         bench.table.acquire("huge", "h")
 
 

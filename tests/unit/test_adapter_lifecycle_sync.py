@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from serve.adapter_sync import AdapterSync
 from serve.adapter_uris import AdapterUris
 from serve.desired import EndpointFiles, ReplicaReport
 from serve.registration import register
-from serve.routing import Registered
+from serve.routing import Registered, Target
 from service.domain import Manifest
 from service.inference.engine import AdapterInfo, EngineStats, GenerationRequest, OnChunk
 from service.registry import ManifestDraft, Registry, model_digest
@@ -112,6 +113,18 @@ def test_the_heart_beats_while_an_adapter_is_being_loaded(tmp_path: Path) -> Non
         engine.may_load.set()
         report_when(files, lambda r: r.adapters[manifest.digest].state == "resident")
     assert files.reports() == [], "a replica that ends takes its report away"
+
+
+def test_a_resident_adapter_answers_although_there_is_newer_news(tmp_path: Path) -> None:
+    files, engine, manifest = EndpointFiles(str(tmp_path), "e"), SlowEngine(), published(tmp_path)
+    engine.may_load.set()
+    with running(engine, files, tmp_path / "cache") as sync:
+        register(files, {"red": entry(manifest)})
+        report = report_when(files, lambda r: r.serving.get("red") == manifest.digest)
+        target = Target(manifest.ref, manifest.digest, label="red")
+        admitted = asyncio.run(asyncio.wait_for(sync.admit(target, report.epoch + 1000), DEADLINE_S))
+        assert admitted == target
+        sync.release(admitted)
 
 
 def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(

@@ -116,6 +116,21 @@ def test_a_silent_store_holds_up_one_request_for_a_while_and_the_next_not_at_all
     asyncio.run(body())
 
 
+def test_a_store_that_is_back_is_noticed_without_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        monkeypatch.setattr(last_known, "AGAIN_S", 0.01)
+        store = Store()
+        known = LastKnown(store.read, "value")
+        assert await known.get(0.0) == 1
+        store.error, store.value = True, 2
+        assert await known.get(0.0) == 1
+        store.error, num_read = False, store.num_read
+        await until(lambda: store.num_read > num_read and known._reading is None)
+        assert await known.get(60.0) == 2
+
+    asyncio.run(body())
+
+
 def test_who_is_cancelled_does_not_take_the_reading_from_others() -> None:
     async def body() -> None:
         store = Store()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve.desired import Base, Desired, EndpointFiles
+from serve.desired import AdapterReport, Base, Desired, EndpointFiles, ReplicaReport
 from serve.registration import follow, parse_wanted, register, registrable
 from service.domain import ModelRef
 from service.errors import ConfigError, RequestError
@@ -91,6 +92,52 @@ def test_a_label_stays_with_what_it_has_where_the_alias_points_at_what_cannot_be
     desired, behind = followed(files, registry)
     assert desired.adapters["red"].model == "red@1" and desired.epoch == 1
     assert "stays with red@1" in behind["red"] and "f" * 12 in behind["red"]
+
+
+def _report(files: EndpointFiles, digest: str, state: str, detail: str = "") -> None:
+    report = AdapterReport(model="red@2", state=state, detail=detail)
+    seen = ReplicaReport(
+        replica="one", heartbeat_at=time.time(), epoch=files.read().epoch, base_digest=BASE.digest,
+        adapters={digest: report},
+    )  # fmt: skip
+    files.write_report(seen)
+
+
+def test_a_version_that_replicas_refuse_is_left_again_and_not_tried_twice(registry: Registry) -> None:
+    files = EndpointFiles(registry.home, "e")
+    register(files, {"red": registrable("red", "red", BASE, registry)})
+    first = files.read().adapters["red"]
+    registry.set_alias("red", "production", 2)
+    second = followed(files, registry)[0].adapters["red"]
+    assert second.before == ("red@1", first.digest)
+    _report(files, second.digest, "refused", "it needs 64 columns, the endpoint has 24.")
+    desired, behind = followed(files, registry)
+    assert (desired.adapters["red"].model, desired.adapters["red"].digest) == ("red@1", first.digest)
+    assert "stays with red@1" in behind["red"] and "64 columns" in behind["red"]
+    assert followed(files, registry) == (desired, behind), "and it stays so"
+    registry.set_alias("red", "production", 1)
+    assert followed(files, registry)[1] == {}
+
+
+def test_a_version_that_a_replica_has_resident_stays(registry: Registry) -> None:
+    files = EndpointFiles(registry.home, "e")
+    register(files, {"red": registrable("red", "red", BASE, registry)})
+    registry.set_alias("red", "production", 2)
+    second = followed(files, registry)[0].adapters["red"]
+    _report(files, second.digest, "resident")
+    assert followed(files, registry)[0].adapters["red"] == second.model_copy(update={"before": None})
+    _report(files, second.digest, "refused", "later")
+    assert followed(files, registry)[0].adapters["red"].model == "red@2"
+
+
+def test_a_label_with_a_broken_manifest_keeps_no_other_back(registry: Registry) -> None:
+    files = EndpointFiles(registry.home, "e")
+    wanted = {"red": registrable("red", "red", BASE, registry), "too": registrable("too", "red", BASE, registry)}
+    register(files, {**wanted, "fixed": registrable("fixed", "red@2", BASE, registry)})
+    registry.set_alias("red", "production", 3)
+    (Path(registry.home) / "models" / "default" / "red" / "3" / "manifest.json").write_text("{")
+    desired, behind = followed(files, registry)
+    assert set(behind) == {"red", "too"} and desired.adapters["fixed"].model == "red@2"
 
 
 def test_who_registers_a_label_meanwhile_is_not_overwritten(registry: Registry) -> None:

@@ -38,8 +38,15 @@ def test_versions_and_aliases_mean_registered_versions(name: str, model: str, di
     assert (target.model, target.digest, target.label) == (model, digest, None)
 
 
-def test_a_bare_name_means_its_alias_production_before_a_label() -> None:
-    assert resolve("tickets", ROUTES).model == "tickets@1"
+def test_what_was_registered_under_a_bare_name_as_it_stands_comes_before_its_alias() -> None:
+    assert resolve("tickets", ROUTES).model == "tickets@2"
+    follows = {
+        **ROUTES.labels,
+        "tickets": ROUTES.labels["tickets"].model_copy(update={"follows": "tickets@production"}),
+    }
+    assert resolve("tickets", Routes("tiny", "b0", follows, ROUTES.aliases)).model == "tickets@1"
+    unlabelled = {label: entry for label, entry in ROUTES.labels.items() if label != "tickets"}
+    assert resolve("tickets", Routes("tiny", "b0", unlabelled, ROUTES.aliases)).model == "tickets@1"
 
 
 def test_a_label_answers_where_no_alias_production_exists() -> None:
@@ -82,11 +89,19 @@ def test_every_listed_name_resolves_to_the_listed_digest() -> None:
         assert resolve(name, ROUTES).digest == digest
 
 
-def test_a_label_hidden_by_an_alias_that_leads_nowhere_is_not_listed() -> None:
+def test_an_alias_that_leads_nowhere_takes_no_name_away_and_is_not_listed() -> None:
     routes = Routes("tiny", "b0", ROUTES.labels, {"tickets": {"production": 3}})
+    assert resolve("tickets", routes).model == "tickets@2"
     with pytest.raises(UnknownModelError, match="means tickets@3, which is not registered"):
-        resolve("tickets", routes)
-    assert [name for name, _ in routes.names()] == ["tiny", "mine", "tickets@1", "team/other@10", "tickets@2"]
+        resolve("tickets@production", routes)
+    assert "tickets@production" not in dict(routes.names())
+
+
+def test_an_unknown_name_is_told_some_of_the_known_ones() -> None:
+    labels = {f"a{number}": Registered(model=f"a{number}@1", digest=str(number)) for number in range(1000)}
+    with pytest.raises(UnknownModelError, match=r"a0, .* \.\.\. \(GET /v1/models\)") as caught:
+        resolve("nobody", Routes("tiny", "b0", labels))
+    assert len(str(caught.value)) < 500
 
 
 def test_the_error_survives_pickling() -> None:
@@ -148,7 +163,7 @@ def test_what_resolved_is_explained() -> None:
     assert said == [
         "the base model's own name",
         "its version",
-        "alias 'production' of tickets",
+        "adapter name 'tickets'",
         "adapter name 'mine'",
     ]
 

@@ -1,6 +1,6 @@
 """Which engine a replica runs, by its config and by what this machine has, and how the config's sizes become its own.
 
-`auto` is vLLM on CUDA where it is installed, else the embedded engine. Both are imported here when they are made, never
+`auto` is vLLM on CUDA where it is installed and takes the config's sizes, else the embedded engine. Both are imported here when they are made, never
 before: a machine without vLLM, and a driver without torch, get along.
 """
 
@@ -29,8 +29,10 @@ def backend_of(engine: EngineBlock) -> Literal["torch", "vllm"]:
         )
     if engine.backend != "auto":
         return engine.backend
-    # vLLM's adapters on a base that is quantised while it is loaded were never tried here: the embedded engine does that.
-    return "vllm" if installed and torch.cuda.is_available() and engine.base_bits == 16 else "torch"
+    # What was served before vLLM was installed is served after: what it does not take is the embedded engine's.
+    # Its adapters on a base that is quantised while it is loaded were never tried here.
+    takes = engine.base_bits == 16 and (engine.lora_columns == 0 or engine.lora_columns >= engine.vllm.max_rank)
+    return "vllm" if installed and takes and torch.cuda.is_available() else "torch"
 
 
 def make_engine(model_dir: Path, renderer: Renderer, precision: str, engine: EngineBlock) -> Engine:

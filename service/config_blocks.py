@@ -300,8 +300,9 @@ class VllmBlock(Block):
 class EngineBlock(Block):
     """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all).
 
-    `backend`: the embedded engine (torch) or vLLM; auto is vLLM on CUDA where it is installed. What follows holds for both
-    but for three: vLLM reads an adapter that comes back from its files (no `host_bytes`), and does not quantise.
+    `backend`: the embedded engine (torch) or vLLM; auto is vLLM on CUDA where it is installed, unless `base_bits` or
+    `lora_columns` rule it out. What follows holds for both but for three: vLLM reads an adapter that comes back from its
+    files (no `host_bytes`), does not quantise, and gives every adapter `vllm.max_rank` of the `lora_columns`.
 
     `kv_bytes` limits the memory of the slots' keys and values: there are fewer slots then. `prefix_bytes` are kept of
     prompts seen before, in host or GPU memory, wherever the model is; 0 computes every prompt anew. `host_bytes` of adapters
@@ -368,9 +369,20 @@ class ServeConfig(Block):
     @classmethod
     def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """What vLLM was asked for and the embedded engine alone does."""
+        if value_at(values, "engine.backend") != "vllm":
+            return
         bits = value_at(values, "engine.base_bits")
-        if value_at(values, "engine.backend") == "vllm" and bits in (4, 8):
+        if bits in (4, 8):
             yield f"engine.base_bits: {bits} is not served by vLLM here. Set engine.backend: torch, or leave base_bits out."
+        columns = value_at(values, "engine.lora_columns")
+        rank = value_at(values, "engine.vllm.max_rank")
+        columns = EngineBlock().lora_columns if columns is None else columns
+        rank = VllmBlock().max_rank if rank is None else rank
+        if isinstance(columns, int) and isinstance(rank, int) and 0 < columns < rank:
+            yield (
+                f"engine.lora_columns: {columns}, and under vLLM every adapter takes engine.vllm.max_rank columns, {rank}. "
+                "Raise the first or lower the second."
+            )
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:

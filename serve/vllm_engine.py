@@ -16,10 +16,10 @@ import itertools
 import logging
 import math
 import os
-import subprocess
+import secrets
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from concurrent.futures import wait
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -30,7 +30,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.errors import ConfigError, ConflictError, ModelError, NotFoundError, RequestError
+from serve.watchdog import started_at, watchdog
+from service.errors import ConflictError, ModelError, NotFoundError, RequestError
 from service.inference.adapter_files import read_adapter
 from service.inference.detokenizer import TextStream
 from service.inference.engine import (
@@ -45,7 +46,7 @@ from service.inference.engine import (
     check_request,
 )
 from service.inference.fair_queue import FairQueue
-from service.inference.grammar import Grammars
+from service.inference.grammar import Grammars, Matcher
 from service.inference.request_state import Answering
 
 # Read when vLLM is imported: it reports its use to its makers unless told otherwise, and logs each request's way.
@@ -62,11 +63,12 @@ from vllm.v1.engine.async_llm import AsyncLLM
 log = logging.getLogger(__name__)
 
 _LEAST_TEMPERATURE = 0.01  # vLLM draws at this one instead of any lower (sampling_params.py, _MAX_TEMP)
+_MOST_BIASES = 1024  # of vLLM's sampler on GPUs (v1/worker/gpu/sample/logit_bias.py); more would end its process
 _CPU_BLOCK = 128  # tokens in a block of the key-value memory, on CPU
 # On CPU, rows without an adapter get that of the last slot: their index -1 is used as it is (vLLM 0.32.0,
 # lora/ops/torch_ops/lora_ops.py, seen with all slots taken). vLLM fills slots from the first, so one more stays empty.
 _SPARE_SLOTS = 1 if current_platform.is_cpu() else 0
-_CLOSE_WITHIN_S = 20.0  # its processes are killed after this
+_CLOSE_WITHIN_S = 20  # its processes are killed after this
 _BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
 _FAILED = "the engine failed in this request ({}); nothing more is generated. Send it again."
 
@@ -80,6 +82,7 @@ class _Request(Answering):
 
     sampling: vllm.SamplingParams
     lora: LoRARequest | None
+    matcher: Matcher | None  # says when the JSON is whole; vLLM has one of its own, of the same llguidance
     task: asyncio.Task[Ending] | None = None
 
 
@@ -109,7 +112,7 @@ class VllmEngine:
         stall_after_s: float = 120.0,
     ) -> None:
         self.num_slots, self.max_context = num_slots, max_context
-        self._num_lora_slots, self._max_lora_rank = _lora_slots(max_lora_columns, max_lora_rank), max_lora_rank
+        self._num_lora_slots, self._max_lora_rank = max_lora_columns // max_lora_rank, max_lora_rank
         self.max_columns = self._num_lora_slots * max_lora_rank
         self._tokenizer, self._stop_ids, self._dtype = tokenizer, frozenset(stop_ids), dtype
         self._stall_after_s = stall_after_s
@@ -123,7 +126,7 @@ class VllmEngine:
         self._waiting: FairQueue[_Request] = FairQueue()
         self._closing = False
         self._poisoned = False  # seen on CPU, vLLM 0.32.0: masked positions of a block used again are multiplied by 0
-        self._advanced_at = time.monotonic()
+        self._asked_at: float | None = None  # since when `check` has had no answer from vLLM's process
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="loray-vllm", daemon=True)
         self._thread.start()
@@ -145,11 +148,12 @@ class VllmEngine:
             max_logprobs=MAX_LOGPROBS,
             structured_outputs_config={"backend": "guidance"},  # llguidance, as in grammar.py
             disable_log_stats=True,
+            seed=secrets.randbits(31),  # with vLLM's own, 0, all replicas would draw the same answers, after each start
         )
         try:
             arguments.kv_cache_memory_bytes = _kv_bytes(arguments, kv_bytes, prefix_bytes)
             self._llm = asyncio.run_coroutine_threadsafe(_started(arguments), self._loop).result()
-            self._watchdog = _watchdog(self.process_ids)
+            self._watchdog = watchdog({pid: started_at(pid) for pid in self.process_ids}, _CLOSE_WITHIN_S)
         except (ValueError, RuntimeError, OSError) as error:
             self._stop_loop()
             raise ModelError(f"{model_dir} cannot be served by vLLM: {error}") from error
@@ -159,6 +163,11 @@ class VllmEngine:
         """vLLM's own processes; those that they start end with them."""
         manager = self._llm.engine_core.resources.engine_manager
         return [process.pid for process in manager.processes]
+
+    @property
+    def max_rank(self) -> int:
+        """Of one adapter: the width of vLLM's slots; 0 where there are none."""
+        return min(self._max_lora_rank, self.max_columns)
 
     @property
     def free_columns(self) -> int:
@@ -174,37 +183,43 @@ class VllmEngine:
     def submit(self, request: GenerationRequest, on_chunk: OnChunk) -> None:
         """Queue a request; `on_chunk` is called from the loop's thread and must return at once.
 
-        RequestError also for what vLLM does not do: temperatures below 0.01 other than 0, a logit bias together with a
-        repetition penalty (it applies them in another order). A seed gives the same answer each time, and another than
-        the embedded engine's. With a JSON schema this may take a while: it is read here, on the caller's thread.
+        RequestError also for what vLLM does not do, or otherwise: `_refuse_what_vllm_does_otherwise` has the list, and a
+        prompt may not fill the context even where no token is to follow. A seed gives the same answer each time, and
+        another than the embedded engine's. With a JSON schema this may take a while: it is read here, on the caller's
+        thread.
         """
         check_request(request, self._vocabulary_size, self.max_context)
-        stop_ids = self._stop_ids_of(request.sampling)
+        params = request.sampling
+        _refuse_what_vllm_does_otherwise(params)
+        if len(request.prompt_ids) == self.max_context:
+            raise RequestError(
+                f"the prompt fills the context of {self.max_context} tokens, and vLLM adds one: shorten it.", "prompt"
+            )
+        matcher = None if params.json_schema is None else self._grammars.matcher(params.json_schema)
+        stop_ids = self._stop_ids_of(params)
         sampling = self._sampling(request, stop_ids)
-        text = TextStream(self._tokenizer, request.prompt_ids, request.sampling.stop)
+        text = TextStream(self._tokenizer, request.prompt_ids, params.stop)
         with self._lock:
             if self._closing:
                 raise ConflictError("the engine is closed: it takes no more requests.")
             if request.id in self._in_flight:
                 raise ConflictError(f"request {request.id!r} is in flight already: give each request its own id.")
             lora = None if request.adapter is None else self._known(request.adapter)[0]
-            if not self._in_flight:
-                self._advanced_at = time.monotonic()
-            running = _Request(request, on_chunk, text, stop_ids, sampling=sampling, lora=lora)
+            running = _Request(request, on_chunk, text, stop_ids, sampling=sampling, lora=lora, matcher=matcher)
             self._in_flight[request.id] = running
             self._waiting.push(request.adapter, running)
-        self._loop.call_soon_threadsafe(self._admit)
+        self._soon(self._admit)
 
     def cancel(self, request_id: str) -> None:
         """End a request within a step; one that has ended already is left alone."""
-        self._loop.call_soon_threadsafe(self._cancel, request_id)
+        self._soon(self._cancel, request_id)
 
     def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
         """Check on the caller's thread, then let vLLM read it between two steps. A resident adapter is left as it is."""
         with self._loading:
             if info := self.adapters().get(digest):
                 return info
-            tensors = read_adapter(directory, self._shapes, min(self._max_lora_rank, self.max_columns), self._dtype)
+            tensors = read_adapter(directory, self._shapes, self.max_rank, self._dtype)
             if not self.free_columns:
                 raise ConflictError(
                     f"adapter {digest} needs {self._max_lora_rank} columns, 0 free: unload another first."
@@ -243,17 +258,25 @@ class VllmEngine:
             return EngineStats(len(self._in_flight) - waiting, waiting, 0)
 
     def check(self) -> None:
-        """RuntimeError: vLLM's process has died, its memory is spoilt, or pending work has not advanced for `stall_after_s`."""
+        """RuntimeError: vLLM's process has died, its memory is spoilt, or no step has ended for `stall_after_s`.
+
+        A prompt may take long before its first token, so tokens are no sign: each call with work pending asks the
+        process something, which it answers between two steps, and a later call finds that it has not.
+        """
         self._check_alive()
         if self._poisoned:
             raise RuntimeError(
                 "an adapter left numbers that are not finite in vLLM's key-value memory, and its CPU kernels let later "
                 "requests read them: restart the replica, and withdraw the adapter."
             )
-        idle_s = time.monotonic() - self._advanced_at
-        if self._in_flight and idle_s > self._stall_after_s:
+        asked_at, now = self._asked_at, time.monotonic()
+        if asked_at is None:
+            if self._in_flight:
+                self._asked_at = now
+                self._soon(self._ask)
+        elif now - asked_at > self._stall_after_s:
             raise RuntimeError(
-                f"vLLM has not brought a token for {idle_s:.0f} s with {len(self._in_flight)} requests in flight "
+                f"vLLM has not finished a step for {now - asked_at:.0f} s with {len(self._in_flight)} requests in flight "
                 f"(allowed: {self._stall_after_s:.0f} s): restart the replica."
             )
 
@@ -288,7 +311,6 @@ class VllmEngine:
     def _sampling(self, request: GenerationRequest, stop_ids: frozenset[int]) -> vllm.SamplingParams:
         """In vLLM's words. Text and stop strings are ours; so is the end: vLLM gets every stop token by its id."""
         params = request.sampling
-        _refuse_what_vllm_does_otherwise(params)
         biases: dict[int, float] = {}
         for token, bias in params.logit_bias:
             biases[token] = biases.get(token, 0.0) + bias
@@ -310,7 +332,7 @@ class VllmEngine:
             logit_bias=biases or None,
             logprobs=logprobs,
             prompt_logprobs=params.prompt_logprobs,
-            structured_outputs=None if params.json_schema is None else self._structured(params.json_schema),
+            structured_outputs=None if params.json_schema is None else StructuredOutputsParams(json=params.json_schema),
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -321,10 +343,11 @@ class VllmEngine:
             raise RequestError(f"vLLM refuses the request: {error}") from error
         return sampling
 
-    def _structured(self, json_schema: str) -> StructuredOutputsParams:
-        """What the embedded engine refuses, vLLM does not get. Blanks between tokens of JSON have no limit in its llguidance."""
-        self._grammars.matcher(json_schema)
-        return StructuredOutputsParams(json=json_schema)
+    def _soon(self, work: Callable[..., None], *arguments: Any) -> None:
+        """On the loop's thread; nothing once the engine is closing, which ends all requests itself."""
+        with self._lock:
+            if not self._closing:
+                self._loop.call_soon_threadsafe(work, *arguments)
 
     def _in_loop(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -362,13 +385,11 @@ class VllmEngine:
     async def _generate(self, running: _Request) -> Ending:
         """Leaving it, by its end or by cancellation, takes the request out of vLLM."""
         request = running.request
-        self._charge(running, len(request.prompt_ids))
         outputs = self._llm.generate(
             tokens_input(list(request.prompt_ids)), running.sampling, request.id, lora_request=running.lora
         )
         async with aclosing(outputs):
             async for output in outputs:
-                self._advanced_at = time.monotonic()
                 if ending := self._take(running, output):
                     return ending
         raise RuntimeError("vLLM ended an answer without a reason")
@@ -377,24 +398,31 @@ class VllmEngine:
         """Take in the tokens of one step; how the answer ends with them, if it does."""
         params, part = running.request.sampling, output.outputs[0]
         running.num_cached = output.num_cached_tokens or 0
+        prompt_scores = []
         if output.prompt_logprobs and not running.prompt_logprobs:
             prompt, top = running.request.prompt_ids, params.prompt_logprobs or 0
-            running.prompt_logprobs += [
-                _scored(*pair, top) for pair in zip(prompt, output.prompt_logprobs, strict=True)
-            ]
+            prompt_scores = [_scored(*pair, top) for pair in zip(prompt, output.prompt_logprobs, strict=True)]
+        scores = [
+            _scored(*pair, params.logprobs or 0) for pair in zip(part.token_ids, part.logprobs or (), strict=False)
+        ]
+        if any(math.isnan(score.logprob or 0.0) for score in (*prompt_scores, *scores)):
+            self._poisoned = current_platform.is_cpu()
+            return "error", "", _BROKEN
+        running.prompt_logprobs += prompt_scores
+        if not running.answer:  # the first output comes with the prompt
+            self._charge(running, len(running.request.prompt_ids) - running.num_cached)
         if not params.max_tokens:
             return "length", "", None
         self._charge(running, len(part.token_ids))
         texts = ""
         for place, token in enumerate(part.token_ids):
-            if part.logprobs is not None:
-                score = _scored(token, part.logprobs[place], params.logprobs or 0)
-                if math.isnan(score.logprob or 0.0):
-                    self._poisoned = current_platform.is_cpu()
-                    return "error", texts, _BROKEN
-                if params.logprobs is not None:
-                    running.logprobs.append(score)
+            if params.logprobs is not None:
+                running.logprobs.append(scores[place])
+            if running.matcher:
+                running.matcher.accept(token)
             text, reason = running.take(token)
+            if reason != "stop" and running.matcher and running.matcher.is_done:
+                text, reason = text + running.text.finish(), "stop"
             texts += text
             if reason:
                 return reason, texts, None
@@ -425,6 +453,13 @@ class VllmEngine:
             running.task.cancel()
         elif running:
             self._finish(running, "cancelled", "", None)
+
+    def _ask(self) -> None:
+        self._asking = self._loop.create_task(self._answered())
+
+    async def _answered(self) -> None:
+        await self._llm.is_sleeping()  # of all that can be asked, the one that costs nothing
+        self._asked_at = None
 
     async def _cancel_all(self) -> None:
         with self._lock:
@@ -461,15 +496,6 @@ async def _started(arguments: vllm.AsyncEngineArgs) -> AsyncLLM:
     return AsyncLLM.from_engine_args(arguments)
 
 
-def _watchdog(process_ids: list[int]) -> subprocess.Popen[bytes]:
-    """Ends vLLM's processes when this one dies without a close: they were seen to go on for ever, and to keep their memory."""
-    pids = " ".join(map(str, process_ids))
-    script = f"read -r _; kill {pids}; sleep {_CLOSE_WITHIN_S:.0f}; kill -9 {pids}"
-    return subprocess.Popen(
-        ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-
-
 async def _cancel_others() -> None:
     """What vLLM left running on the loop."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -490,15 +516,6 @@ def _read_shapes(model_dir: Path) -> tuple[dict[str, tuple[int, int]], int]:
     head = model.get_output_embeddings()
     shapes = {name: (one.in_features, one.out_features) for name, one in linears.items() if one is not head}
     return shapes, model.get_input_embeddings().num_embeddings
-
-
-def _lora_slots(max_columns: int, max_rank: int) -> int:
-    if 0 < max_columns < max_rank:
-        raise ConfigError(
-            f"engine.lora_columns is {max_columns}, and under vLLM every adapter takes engine.vllm.max_rank columns, "
-            f"{max_rank}. Raise the first or lower the second."
-        )
-    return max_columns // max_rank
 
 
 def _kv_bytes(arguments: vllm.AsyncEngineArgs, kv_bytes: int | None, prefix_bytes: int) -> int | None:
@@ -524,6 +541,20 @@ def _refuse_what_vllm_does_otherwise(params: SamplingParams) -> None:
         raise RequestError(
             "logit_bias and repetition_penalty together: vLLM applies them in another order. Leave one of them out.",
             "repetition_penalty",
+        )
+    if len(params.logit_bias) > _MOST_BIASES:
+        raise RequestError(
+            f"logit_bias has {len(params.logit_bias)} tokens: vLLM takes {_MOST_BIASES} at most.", "logit_bias"
+        )
+    if params.temperature and params.min_p and params.top_p < 1.0:
+        raise RequestError(
+            "min_p and top_p together: vLLM applies them in another order. Leave one of them out.", "min_p"
+        )
+    if params.json_schema is not None and params.logprobs is not None:
+        raise RequestError(
+            "logprobs and a JSON schema together: vLLM's log-probabilities are those of the tokens that the schema allows, "
+            "not the model's own. Leave one of them out.",
+            "logprobs",
         )
 
 

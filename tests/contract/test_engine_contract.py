@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from service.errors import ConfigError, ConflictError, ModelError, NotFoundError, RequestError
+from service.errors import ConflictError, ModelError, NotFoundError, RequestError
 from service.inference.engine import Chunk, Engine, GenerationRequest, SamplingParams
 from tests.integration.tiny import save_adapter, save_base
 from tests.integration.waiting import wait_until
@@ -272,9 +272,24 @@ def test_the_models_own_stop_token_ends_an_answer_unless_it_is_ignored(engine: E
     assert (answer.reason, answer.ids) == ("length", (eos,) * 3)
 
 
-def test_a_seed_repeats_itself_whatever_shares_the_batch(engine: Engine, models: Models) -> None:
+@pytest.mark.parametrize("kind", ENGINES)
+def test_without_a_seed_two_engines_draw_different_answers(models: Models, kind: str) -> None:
+    """The first answer of each. By chance they would agree in far less than one run of a million."""
+    drawn = []
+    for _ in range(2):
+        engine = make(kind, models, max_lora_columns=0, num_slots=1)
+        engine.start()
+        drawn.append(ask(engine, models.prompts[0], None, SamplingParams(max_tokens=NUM_NEW)).ended().ids)
+        engine.close()
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("nucleus", [{"top_p": 0.95}, {"min_p": 0.001}], ids=str)
+def test_a_seed_repeats_itself_whatever_shares_the_batch(
+    engine: Engine, models: Models, nucleus: dict[str, Any]
+) -> None:
     def drawn(seed: int) -> SamplingParams:
-        return SamplingParams(max_tokens=NUM_NEW, temperature=1.0, top_p=0.95, top_k=50, min_p=0.001, seed=seed)
+        return SamplingParams(max_tokens=NUM_NEW, temperature=1.0, top_k=50, seed=seed, **nucleus)
 
     alone = {seed: ask(engine, models.prompts[0], "b", drawn(seed)).ended().ids for seed in (-1, 3, 4)}
     assert len(set(alone.values())) == 3
@@ -335,6 +350,19 @@ def test_an_answer_under_a_schema_is_json_of_that_schema(
         assert answer.reason == "stop" and set(value) == {"kind", "urgent"}
         assert value["kind"] in ("lost", "broken") and value["urgent"] in (True, False)
     assert free.ended().ids == models.answers["a", 0]
+
+
+def test_json_that_takes_all_its_tokens_ends_with_stop(engine: Engine, models: Models) -> None:
+    blanks = tuple((token, -100.0) for token in models.tokenizer.encode(" \n"))
+    whole, scores = greedy(max_tokens=200, json_schema=json.dumps(SCHEMA), logit_bias=blanks), []
+    for _ in range(2):
+        answer = ask(engine, models.prompts[1], "a", whole).ended()
+        assert answer.reason == "stop" and answer.ids[-1] != models.tokenizer.eos_token_id
+        scores.append((answer.ids, json.loads(answer.text)))
+        whole = dataclasses.replace(whole, max_tokens=len(answer.ids))
+    assert scores[0] == scores[1]
+    short = ask(engine, models.prompts[1], "a", dataclasses.replace(whole, max_tokens=whole.max_tokens - 1)).ended()
+    assert short.reason == "length"
 
 
 def test_a_request_that_cannot_be_served_is_refused_at_submit(engine: Engine, models: Models) -> None:
@@ -436,6 +464,7 @@ def test_an_adapter_that_overflows_never_makes_an_answer_wrong(models: Models, t
         good = [(d, ask(engine, models.prompts[0], d)) for d in ("b", None)]
         bad = [ask(engine, prompt, "wild") for prompt in models.prompts]
         good += [(d, ask(engine, models.prompts[0], d)) for d in ("a", "b", None)]
+        bad.append(ask(engine, models.prompts[0], "wild", greedy(max_tokens=0, prompt_logprobs=1)))
         for answer in bad:
             assert answer.ended().reason == "error" and "not finite" in str(answer.chunks[-1].error)
         for digest, answer in good:
@@ -453,17 +482,31 @@ def test_an_adapter_that_overflows_never_makes_an_answer_wrong(models: Models, t
 
 @pytest.mark.skipif("vllm" not in ENGINES, reason="vLLM is not installed here: make test-vllm")
 def test_vllm_refuses_what_it_would_do_otherwise_and_its_death_is_noticed(models: Models) -> None:
-    engine = make("vllm", models, max_lora_columns=8, num_slots=1)
+    engine = make("vllm", models, max_lora_columns=8, num_slots=1, stall_after_s=1.0)
     try:
         for options, words in (
             ({"temperature": 0.001}, "vLLM takes 0 .greedy., or 0.01 and more"),
-            ({"logit_bias": ((1, 1.0),), "repetition_penalty": 1.1}, "another order"),
+            (
+                {"logit_bias": ((1, 1.0),), "repetition_penalty": 1.1},
+                "logit_bias and repetition_penalty .* another order",
+            ),
+            ({"temperature": 1.0, "min_p": 0.1, "top_p": 0.9}, "min_p and top_p together: .* another order"),
+            ({"json_schema": json.dumps(SCHEMA), "logprobs": 0}, "logprobs and a JSON schema"),
+            ({"logit_bias": ((1, 1.0),) * 1025}, "logit_bias has 1025 tokens: vLLM takes 1024"),
         ):
             with pytest.raises(RequestError, match=words):
                 ask(engine, models.prompts[0], None, greedy(**options))
+        with pytest.raises(RequestError, match=f"fills the context of {CONTEXT} tokens"):
+            ask(engine, (1,) * CONTEXT, None, greedy(max_tokens=0, prompt_logprobs=1))
         answer = ask(engine, models.prompts[0], None, greedy(max_tokens=200))
         assert answer.first.wait(DEADLINE_S)
-        os.kill(engine.process_ids[0], signal.SIGKILL)  # type: ignore[attr-defined]
+        engine.check()
+        (process,) = engine.process_ids  # type: ignore[attr-defined]
+        os.kill(process, signal.SIGSTOP)
+        wait_until(lambda: not _is_well(engine), "a process that hangs is noticed", DEADLINE_S)
+        os.kill(process, signal.SIGCONT)
+        wait_until(lambda: _is_well(engine), "it goes on", DEADLINE_S)
+        os.kill(process, signal.SIGKILL)
         assert answer.ended().reason == "error"
         with pytest.raises(RuntimeError, match="process has died"):
             engine.check()
@@ -471,8 +514,15 @@ def test_vllm_refuses_what_it_would_do_otherwise_and_its_death_is_noticed(models
             engine.load_adapter("a", models.adapters["a"])
     finally:
         engine.close()
-    with pytest.raises(ConfigError, match=r"engine\.vllm\.max_rank"):
-        make("vllm", models, max_lora_columns=4)
+
+
+def _is_well(engine: Engine) -> bool:
+    try:
+        engine.check()
+    except RuntimeError as error:
+        assert "has not finished a step for" in str(error)
+        return False
+    return True
 
 
 @pytest.mark.skipif("vllm" not in ENGINES, reason="vLLM is not installed here: make test-vllm")
@@ -523,6 +573,35 @@ def test_one_busy_adapter_starves_nobody(engine: Engine, models: Models) -> None
         answer.ended()
 
 
+def test_a_prompt_seen_before_weighs_little_in_the_turns(engine: Engine, models: Models) -> None:
+    """Long prompts that are not computed again have nearly as many turns as short ones; charged whole, a fifth."""
+    long = tuple((7 * i) % 90 for i in range(150))
+    ask(engine, long, "a").ended()
+    ended: dict[str, int] = {"a": 0, "b": 0}
+    seen: list[int] = []  # answers of a, when each of b ended
+
+    class Counted(Answer):
+        def __init__(self, digest: str) -> None:
+            super().__init__()
+            self.digest = digest
+
+        def __call__(self, chunk: Chunk) -> None:
+            if chunk.finish_reason:
+                ended[self.digest] += 1
+                if self.digest == "b":
+                    seen.append(ended["a"])
+            super().__call__(chunk)
+
+    answers = []
+    for number in range(60):
+        digest, prompt = ("a", long) if number % 2 else ("b", models.prompts[0])
+        answers.append(Counted(digest))
+        engine.submit(GenerationRequest(f"turn{number}", prompt, GREEDY, digest), answers[-1])
+    for answer in answers:
+        answer.ended()
+    assert seen[19] >= 9
+
+
 def test_a_listener_that_fails_ends_its_own_request_only(engine: Engine, models: Models) -> None:
     def broken(chunk: Chunk) -> None:
         raise LookupError("a listener's own mistake")
@@ -542,4 +621,5 @@ def test_closing_ends_what_is_in_flight(models: Models, kind: str) -> None:
     assert [answer.ended().reason for answer in answers] == ["cancelled", "cancelled"]
     with pytest.raises(ConflictError, match="closed"):
         ask(engine, models.prompts[0], None)
+    engine.cancel("x")
     engine.close()

@@ -49,7 +49,7 @@ class AdapterSync:
         self._engine, self._files, self._cache, self._uris = engine, files, cache, uris
         self._registry = Registry(files.home)
         self._base_digest, self._replica = base_digest, replica
-        self._table = AdapterTable(engine.max_columns)
+        self._table = AdapterTable(engine.max_columns, engine.max_rank)
         self._lock = threading.Lock()
         self._running = 0
         self._away = False  # the store did not answer this step's question

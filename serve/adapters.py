@@ -112,8 +112,9 @@ Action = Fetch | Load | Unload
 class AdapterTable:
     """All adapters of one replica. Every method is quick and raises before it changes anything."""
 
-    def __init__(self, max_columns: int) -> None:
+    def __init__(self, max_columns: int, max_rank: int | None = None) -> None:
         self.max_columns = max_columns
+        self.max_rank = max_columns if max_rank is None else max_rank  # of one adapter
         self.epoch = -1
         self.adapters: dict[str, Adapter] = {}
         self._labels: dict[str, Registered] = {}
@@ -203,6 +204,11 @@ class AdapterTable:
         adapter.cached, adapter.columns = True, columns
         if columns > self.max_columns:
             adapter.refusal = f"it needs {columns} columns, the endpoint has {self.max_columns} (engine.lora_columns)."
+        elif columns > self.max_rank:
+            adapter.refusal = (
+                f"it has rank {columns}, the endpoint takes {self.max_rank} at most (engine.vllm.max_rank, which "
+                "engine.lora_columns must hold)."
+            )
 
     def loaded(self, digest: str, columns: int, now_s: float) -> None:
         """It is resident and owns this many columns; labels that mean it now flip to it."""

@@ -186,6 +186,10 @@ class Engine(Protocol):
         """The ranks of all resident adapters together cannot exceed this."""
 
     @property
+    def max_rank(self) -> int:
+        """The rank of one adapter cannot exceed this."""
+
+    @property
     def free_columns(self) -> int:
         """How much rank is free for the next adapter."""
 

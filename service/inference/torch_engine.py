@@ -106,6 +106,11 @@ class TorchEngine:
         self._advanced_at = time.monotonic()
 
     @property
+    def max_rank(self) -> int:
+        """Of one adapter: all columns may be its own."""
+        return self.max_columns
+
+    @property
     def free_columns(self) -> int:
         """How much rank is free for the next adapter."""
         return self._bank.free_columns

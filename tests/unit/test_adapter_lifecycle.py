@@ -215,6 +215,16 @@ def test_an_adapter_larger_than_the_whole_bank_is_refused_with_both_numbers() ->
         bench.table.acquire("huge", "h")
 
 
+def test_an_adapter_of_a_rank_that_the_engine_does_not_take_is_refused_before_others_make_room() -> None:
+    bench = Bench(columns=16)
+    bench.table = AdapterTable(16, max_rank=8)
+    bench.want(a="a1", b="b1")
+    bench.want(a="a1", b="b1", c="c1")
+    assert bench.state("c1") is AdapterState.REFUSED
+    assert set(bench.bank) == {"a1", "b1"}
+    assert "has rank 16, the endpoint takes 8 at most (engine.vllm.max_rank" in bench.table.adapters["c1"].detail
+
+
 def test_a_refused_adapter_is_tried_again_when_it_is_put_again() -> None:
     bench = Bench()
     bench.table.want(1, registered(a="a1"))

@@ -27,7 +27,7 @@ DEADLINE_S = 20.0
 class SlowEngine:
     """An engine of 16 columns that takes as long over a load as the test wants."""
 
-    max_context, num_slots, max_columns = 64, 2, 16
+    max_context, num_slots, max_columns, max_rank = 64, 2, 16, 16
 
     def __init__(self) -> None:
         self.may_load = threading.Event()

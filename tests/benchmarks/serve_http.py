@@ -20,10 +20,12 @@ import socket
 import statistics
 import tempfile
 import time
+import timeit
 from pathlib import Path
 
 import torch
 
+from serve.routing import Arm, Routes, Split, resolve
 from service.base_models import resolve_base_model
 from service.inference.engine import Chunk, GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
@@ -118,6 +120,14 @@ def engine_arm(engine: TorchEngine, prompts: list[tuple[int, ...]]) -> Streams:
         engine.submit(GenerationRequest(f"{row}", prompt, sampling), listener(row))
     assert done.wait(600)
     return Streams(ROWS * NEW, time.perf_counter() - began, max(gaps))
+
+
+def routing_us() -> float:
+    """Microseconds from a public name and a key to a split's arm, of four."""
+    arms = {f"arm{number}": Arm(model=f"tickets@{number}", digest=str(number), weight=25) for number in range(4)}
+    routes = Routes("base", "0", splits={"tickets": Split(arms=arms, salt="salt", key=("user",))})
+    times = timeit.repeat(lambda: resolve("tickets", routes, "user-1234"), number=2000, repeat=9)
+    return 1e6 * statistics.median(times) / 2000
 
 
 def processor_s(threads: int) -> dict[str, float]:
@@ -223,7 +233,10 @@ def main() -> None:
         if ms >= 0.01:
             print(f"{kind:>24}  {ms:6.2f} ms of processor a token")
     system = sum(ms for kind, ms in each.items() if kind != "Engine (its threads)")
-    print(json.dumps({"http_over_engine": round(statistics.median(over), 3), "system_ms_per_token": round(system, 2)}))
+    routing = routing_us()
+    print(f"a split's arm is found in {routing:.1f} microseconds")
+    ratios = {"http_over_engine": round(statistics.median(over), 3), "system_ms_per_token": round(system, 2)}
+    print(json.dumps({**ratios, "routing_us": round(routing, 1)}))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tests.integration.place import DEADLINE_S, ROOT, SCRIPTS, Place, base, loss
 __all__ = ["base", "place"]  # fixtures
 
 
+@pytest.mark.long
 def test_a_killed_trainer_resumes_to_the_same_losses_and_model_as_one_never_killed(place: Place) -> None:
     # Long enough that the kill finds it in the middle.
     long = ["--set", "optim.epochs=40", "--set", "publish=null"]

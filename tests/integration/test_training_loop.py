@@ -151,6 +151,7 @@ def test_a_checkpoint_every_so_many_minutes_comes_by_the_clock(run_file: Path, s
     assert 2 <= len(taken) < result.step == max(taken)  # some on the way, not one a step, and the last
 
 
+@pytest.mark.long
 def test_dropout_draws_do_not_depend_on_where_a_run_was_resumed(run_file: Path, settings: Settings) -> None:
     runs = []
     for attempts in (1, 2):

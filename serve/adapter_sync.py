@@ -126,7 +126,7 @@ class AdapterSync:
             while True:
                 changed = self._changed  # taken before looking: a change in between is not missed
                 with self._lock:
-                    up_to_date = self._table.epoch >= epoch or self._table.is_available(target.digest)
+                    up_to_date = self._table.epoch >= epoch or self._table.knows(target.digest)
                     digest = self._table.acquire(target.digest, target.label) if up_to_date else None
                     if digest is not None:
                         self._running += 1

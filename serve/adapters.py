@@ -125,7 +125,7 @@ class AdapterTable:
         """Take over a desired state, whole. Idempotent; what could not be done before may be tried again."""
         for label, old in self._labels.items():
             new = labels.get(label)
-            if new is not None and new.digest != old.digest and self.is_available(old.digest):
+            if new is not None and new.digest != old.digest and self._is_available(old.digest):
                 self._previous[label] = old
         self.epoch, self._labels = epoch, dict(labels)
         # Of two entries with the same content, the registry's is the one to fetch: it does not change.
@@ -138,6 +138,11 @@ class AdapterTable:
         for adapter in self.adapters.values():
             adapter.pinned = adapter.digest in pins
         self._settle()
+
+    def knows(self, digest: str) -> bool:
+        """Whether a request for exactly this adapter can be taken, whatever a newer desired state says of others."""
+        adapter = self.adapters.get(digest)
+        return adapter is not None and adapter.wanted and not adapter.refusal
 
     def acquire(self, digest: str, label: str | None) -> str | None:
         """Count a request in and return the digest that answers it, or None: it has to wait for the load.
@@ -253,7 +258,7 @@ class AdapterTable:
                 "the adapter was withdrawn while the request was on its way. GET /v1/models lists what is."
             )
         old = self._previous.get(label) if label else None
-        if old is None or adapter.available or not self.is_available(old.digest):
+        if old is None or adapter.available or not self._is_available(old.digest):
             return adapter
         same_family = ModelRef.parse(old.model).family == ModelRef.parse(adapter.model).family
         return self.adapters[old.digest] if same_family else adapter
@@ -298,7 +303,7 @@ class AdapterTable:
         """After any change: end finished swaps, mark what is wanted, forget what is gone, let the pending try again."""
         for label, old in list(self._previous.items()):
             entry = self._labels.get(label)
-            if entry is None or self.is_available(entry.digest) or not self.is_available(old.digest):
+            if entry is None or self._is_available(entry.digest) or not self._is_available(old.digest):
                 del self._previous[label]
         kept = {entry.digest for entry in (*self._labels.values(), *self._previous.values())}
         in_line = any(a.waiting and not a.resident and self._could_fit(a) for a in self.adapters.values())
@@ -309,6 +314,5 @@ class AdapterTable:
             if adapter.state is AdapterState.GONE:
                 del self.adapters[digest]
 
-    def is_available(self, digest: str) -> bool:
-        """Whether a request for exactly this adapter can start now."""
+    def _is_available(self, digest: str) -> bool:
         return digest in self.adapters and self.adapters[digest].available

@@ -113,7 +113,6 @@ def test_nobody_can_ask_not_to_be_watched(endpoint: Endpoint) -> None:
 
 
 def test_bodies_that_never_come_hold_up_nobody(endpoint: Endpoint) -> None:
-    told = _count(endpoint, "loray_refused_requests_total", 'status="400"')
     with contextlib.ExitStack() as stack:
         for number in range(40):
             client = stack.enter_context(_connected(endpoint))
@@ -121,9 +120,6 @@ def test_bodies_that_never_come_hold_up_nobody(endpoint: Endpoint) -> None:
         assert endpoint.ask("base", max_tokens=2)
         assert endpoint.http.get("/healthz").status_code == 200
     # That they went away was their mistake, not the server's.
-    wait_until(
-        lambda: _count(endpoint, "loray_refused_requests_total", 'status="400"') == told + 40, "all have been noticed"
-    )
     assert _count(endpoint, "loray_refused_requests_total", 'status="500"') == 0
     assert _count(endpoint, "loray_requests_in_flight") == 0
 

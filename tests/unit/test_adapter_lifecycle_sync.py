@@ -115,16 +115,22 @@ def test_the_heart_beats_while_an_adapter_is_being_loaded(tmp_path: Path) -> Non
     assert files.reports() == [], "a replica that ends takes its report away"
 
 
-def test_a_resident_adapter_answers_although_there_is_newer_news(tmp_path: Path) -> None:
+def test_an_adapter_that_is_known_is_loaded_and_answers_although_there_is_newer_news(tmp_path: Path) -> None:
     files, engine, manifest = EndpointFiles(str(tmp_path), "e"), SlowEngine(), published(tmp_path)
-    engine.may_load.set()
     with running(engine, files, tmp_path / "cache") as sync:
         register(files, {"red": entry(manifest)})
-        report = report_when(files, lambda r: r.serving.get("red") == manifest.digest)
+        report = report_when(files, lambda r: manifest.digest in r.adapters)
         target = Target(manifest.ref, manifest.digest, label="red")
-        admitted = asyncio.run(asyncio.wait_for(sync.admit(target, report.epoch + 1000), DEADLINE_S))
-        assert admitted == target
-        sync.release(admitted)
+
+        async def admitted() -> Target:
+            asking = asyncio.create_task(sync.admit(target, report.epoch + 1000))
+            await asyncio.sleep(0)
+            engine.may_load.set()
+            return await asyncio.wait_for(asking, DEADLINE_S)
+
+        answering = asyncio.run(admitted())
+        assert answering == target
+        sync.release(answering)
 
 
 def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(

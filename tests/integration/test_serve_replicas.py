@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60
 ]
 NUM_STREAMS = 6
+STEADY_S = 4.0  # the router hears of residents once a second, through Serve's controller
 
 
 @pytest.fixture(scope="module")
@@ -62,18 +65,29 @@ def test_requests_go_where_their_adapter_is_resident(pair: Endpoint) -> None:
     expected = {name: pair.ask(f"{name}@1") for name in names}
     assert len(set(expected.values())) == 3
 
-    def settled() -> bool:
-        for name in names:
-            assert pair.ask(f"{name}@1") == expected[name]
-        return sorted(map(sorted, _resident(pair).values())) == [["blue", "red"], ["wide"]]
+    numbers = itertools.count()
+    seen: list[tuple[float, dict[str, set[str]]]] = []  # since when everything has been where it is
 
-    wait_until(settled, "each replica has its own adapters")
-    before = _resident(pair)
-    for number in range(30):  # as many conversations, each with a replica of its own choice but for the adapter
-        messages = [{"role": "user", "content": f"Hello number {number}"}]
+    def conversation() -> dict[str, set[str]]:
+        """Ask each of them about something new: a conversation has a replica of its own choice but for the adapter."""
+        messages = [{"role": "user", "content": f"Hello number {next(numbers)}"}]
         for name in names:
             pair.ask(f"{name}@1", messages, max_tokens=2)
-    assert _resident(pair) == before
+        return _resident(pair)
+
+    def settled() -> bool:
+        now = conversation()
+        if not seen or seen[-1][1] != now:
+            seen.append((time.monotonic(), now))
+        each_its_own = sorted(map(sorted, now.values())) == [["blue", "red"], ["wide"]]
+        return each_its_own and time.monotonic() - seen[-1][0] > STEADY_S
+
+    wait_until(settled, "each replica has its own adapters, and the router knows")
+    before = _resident(pair)
+    for _ in range(30):
+        assert conversation() == before
+    for name in names:
+        assert pair.ask(f"{name}@1") == expected[name]
     clear(pair)
 
 
@@ -89,6 +103,7 @@ def _replica_pids(cluster: str) -> list[int]:
 def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(
     pair: Endpoint, ray_cluster: str
 ) -> None:
+    clear(pair)
     put = pair.http.put("/v1/adapters/red", params={"wait": "all_replicas"}, json={"model": "red@1"})
     assert put.status_code == 200, put.text
     before = _states(pair)

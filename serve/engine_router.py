@@ -1,7 +1,8 @@
 """Ray Serve's router of the engine deployment: it lives in the gateway and sends each call to a replica.
 
-A stream goes to the replica that it names, a request that has found one tries it first (`engine_calls.py`). Others go where `replica_choice.py` says, from what the
-replicas report: `EngineReplica.record_routing_stats`, once a second, and the queue lengths that Serve knows.
+A stream goes to the replica that it names, a request that has found one tries it first (`engine_calls.py`). Others go
+where `replica_choice.py` says, from what the replicas report (`EngineReplica.record_routing_stats`, once a second) and
+the queue lengths that Serve knows.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class EngineRouter(RequestRouter):  # type: ignore[misc]
         args = pending_request.args
         if pending_request.metadata.call_method == "stream":  # a replica that is gone: any other says so
             return [[by_name[args[1]]] if args[1] in by_name else candidate_replicas]
-        if pending_request.metadata.call_method != "generate":
+        if pending_request.metadata.call_method != "generate" or len(by_name) == 1:
             return [candidate_replicas]
         ask, target, wanted = args[2], args[3], args[5]
         candidates = [self._candidate(name, replica) for name, replica in by_name.items()]

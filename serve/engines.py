@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from service.config import EngineBlock
 from service.errors import ConfigError
@@ -39,38 +39,28 @@ def make_engine(model_dir: Path, renderer: Renderer, precision: str, engine: Eng
     """The engine, with its weights loaded. Raises what its constructor raises, and ConfigError as `backend_of`."""
     import torch
 
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    shared: dict[str, Any] = {
+        "tokenizer": renderer.tokenizer,
+        "stop_ids": renderer.stop_ids,
+        "dtype": torch.bfloat16 if precision == "bf16" else torch.float32,
+        "num_slots": engine.slots,
+        "max_context": engine.max_context,
+        "max_lora_columns": engine.lora_columns,
+        "kv_bytes": engine.kv_bytes,
+        "prefix_bytes": engine.prefix_bytes,
+    }
     if backend_of(engine) == "vllm":
         from serve.vllm_engine import VllmEngine
 
-        return VllmEngine(
-            model_dir,
-            tokenizer=renderer.tokenizer,
-            stop_ids=renderer.stop_ids,
-            dtype=dtype,
-            num_slots=engine.slots,
-            max_context=engine.max_context,
-            max_lora_columns=engine.lora_columns,
-            max_lora_rank=engine.vllm.max_rank,
-            kv_bytes=engine.kv_bytes,
-            prefix_bytes=engine.prefix_bytes,
-            threads=engine.threads,
-        )
+        return VllmEngine(model_dir, **shared, max_lora_rank=engine.vllm.max_rank, threads=engine.threads)
     from service.inference.torch_engine import TorchEngine
 
     # Ray sets OMP_NUM_THREADS=1 for a fraction of a CPU, which is what it was asked to reserve, not what may be used.
     torch.set_num_threads(engine.threads or len(os.sched_getaffinity(0)))
     return TorchEngine(
         model_dir,
-        tokenizer=renderer.tokenizer,
-        stop_ids=renderer.stop_ids,
-        dtype=dtype,
+        **shared,
         device="cuda" if torch.cuda.is_available() else "cpu",
-        num_slots=engine.slots,
-        max_context=engine.max_context,
-        max_lora_columns=engine.lora_columns,
-        kv_bytes=engine.kv_bytes,
-        prefix_bytes=engine.prefix_bytes,
         host_bytes=engine.host_bytes,
         base_bits=engine.base_bits,
         double_quant=engine.double_quant,

@@ -34,11 +34,13 @@ class Outbox:
 
     def put(self, request: str, message: Started | Part) -> None:
         """Say something; parts of one answer that no batch has taken yet become one."""
-        key = (request, message.choice if isinstance(message, Part) else -1)
         with self._lock:
-            first, before = not self._said, self._said.get(key)
-            joined = isinstance(before, Part) and isinstance(message, Part)
-            self._said[key] = before.joined(message) if joined else message  # type: ignore[union-attr,arg-type]
+            first = not self._said
+            if isinstance(message, Started):
+                self._said[request, -1] = message
+            else:
+                before = self._said.get((request, message.choice))
+                self._said[request, message.choice] = before.joined(message) if isinstance(before, Part) else message
         if first and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._news.set)
 

@@ -148,8 +148,7 @@ def servable(model: str, base: Base, registry: Registry) -> Registered:
 
 def from_uri(label: str, uri: str, base_model: str | None, base: Base, uris: AdapterUris) -> Registered:
     """What lies at `uri` now, pinned by its content, or the error that says why it cannot be served as `label`."""
-    if label == base.name:
-        raise ConflictError(f"{label!r} is the base model's own name. Register the adapter under another one.")
+    _check_not_base(label, base)
     check_name(label, "adapter name")
     found = uris.look(uri)
     problems = mismatches(found.manifest, base) if found.manifest else _by_name(found, base_model, base)
@@ -269,9 +268,13 @@ def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-def _check_label(label: str, ref: ModelRef, alias: str | None, base: Base) -> None:
+def _check_not_base(label: str, base: Base) -> None:
     if label == base.name:
         raise ConflictError(f"{label!r} is the base model's own name. Register the adapter under another one.")
+
+
+def _check_label(label: str, ref: ModelRef, alias: str | None, base: Base) -> None:
+    _check_not_base(label, base)
     if label in (str(ref), ref.family, alias):
         return
     if "@" in label or "/" in label:

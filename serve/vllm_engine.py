@@ -35,6 +35,7 @@ from service.errors import ConflictError, ModelError, NotFoundError, RequestErro
 from service.inference.adapter_files import read_adapter
 from service.inference.detokenizer import TextStream
 from service.inference.engine import (
+    BROKEN,
     MAX_LOGPROBS,
     AdapterInfo,
     EngineStats,
@@ -69,7 +70,6 @@ _CPU_BLOCK = 128  # tokens in a block of the key-value memory, on CPU
 # lora/ops/torch_ops/lora_ops.py, seen with all slots taken). vLLM fills slots from the first, so one more stays empty.
 _SPARE_SLOTS = 1 if current_platform.is_cpu() else 0
 _CLOSE_WITHIN_S = 20  # its processes are killed after this
-_BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
 _FAILED = "the engine failed in this request ({}); nothing more is generated. Send it again."
 
 ResultT = TypeVar("ResultT")
@@ -407,7 +407,7 @@ class VllmEngine:
         ]
         if any(math.isnan(score.logprob or 0.0) for score in (*prompt_scores, *scores)):
             self._poisoned = current_platform.is_cpu()
-            return "error", "", _BROKEN
+            return "error", "", BROKEN
         running.prompt_logprobs += prompt_scores
         if not running.answer:  # the first output comes with the prompt
             self._charge(running, len(running.request.prompt_ids) - running.num_cached)

@@ -361,11 +361,6 @@ class ServeConfig(Block):
         """The fewest that there are."""
         return self.replicas if isinstance(self.replicas, int) else self.replicas.min
 
-    @property
-    def max_replicas(self) -> int:
-        """The most that there are."""
-        return self.replicas if isinstance(self.replicas, int) else self.replicas.max
-
     @classmethod
     def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """What vLLM was asked for and the embedded engine alone does."""

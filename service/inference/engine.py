@@ -17,6 +17,7 @@ from service.errors import RequestError
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 

@@ -26,6 +26,7 @@ from service.inference.byte_lru import ByteLru
 from service.inference.decoder import Decoder
 from service.inference.detokenizer import TextStream
 from service.inference.engine import (
+    BROKEN,
     AdapterInfo,
     Chunk,
     EngineStats,
@@ -49,7 +50,6 @@ log = logging.getLogger(__name__)
 _PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
 _PROMPT_TOKENS_ALONE = {"cpu": 256, "cuda": 1024}
 _SCORED_TOKENS = 128  # of one prompt, where its log-probabilities are wanted: each is a row of the whole vocabulary
-_BROKEN = "the model produced numbers that are not finite for this request; the adapter may have diverged in training."
 
 
 class TorchEngine:
@@ -413,7 +413,7 @@ class TorchEngine:
         """Take the next token of one row; `token` is the likeliest one."""
         params = sequence.request.sampling
         if token == NOT_FINITE:
-            return self._finish(sequence, "error", error=_BROKEN)
+            return self._finish(sequence, "error", error=BROKEN)
         if not params.max_tokens:
             return self._finish(sequence, "length")
         if not sequence.sampler.is_plain:

@@ -203,6 +203,7 @@ def test_a_caller_that_goes_away_cancels_its_request_in_the_replica() -> None:
         answering.cancel()
         await replica.cancelled.wait()
         await until(lambda: calls._answering == {})
+        assert answering.task is not None and answering.task.cancelled()
 
     run(test, for_ever)
 

@@ -349,7 +349,8 @@ def test_zero3_never_holds_a_whole_model_while_loading_and_frees_it_when_dropped
 ) -> None:
     """140 MB of float32 weights, none larger than 3 MB. Half is a worker's own, and in training 2.5 times the whole.
 
-    What the allocator and gloo keep for themselves was seen to change by 40 MB from case to case.
+    The allocator and gloo keep up to 125 MB of the first cases for themselves, then use it again: what a case leaves behind
+    is what every one of four in a row leaves.
     """
     directory = tmp_path_factory.mktemp("large")
     large = save_base(directory / "base", hidden_size=384, intermediate_size=1536, num_hidden_layers=16)
@@ -358,9 +359,9 @@ def test_zero3_never_holds_a_whole_model_while_loading_and_frees_it_when_dropped
     launch = launch_in(tmp_path_factory, "memory", {**bases, "full": large})
     launch.case("imports", "zero3", "lora", steps=1)
     launch.case("ddp", "ddp", "full", steps=0)
-    launch.case("zero3", "zero3", "full", steps=2)
+    repeated = [launch.case(f"zero3-{i}", "zero3", "full", steps=2) for i in range(4)]
     launch.run()
     for rank in (0, 1):
         assert launch.memory("ddp", rank)["load_bytes"] > 0.95 * whole_bytes
-        assert launch.memory("zero3", rank)["load_bytes"] < 0.75 * whole_bytes
-        assert launch.memory("zero3", rank)["left_bytes"] < 0.5 * whole_bytes
+        assert launch.memory("zero3-0", rank)["load_bytes"] < 0.75 * whole_bytes
+        assert min(launch.memory(name, rank)["left_bytes"] for name in repeated) < 0.25 * whole_bytes

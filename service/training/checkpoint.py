@@ -110,13 +110,10 @@ def checkpoint_at(
     *,
     retry_s: float = AWAY_S,
     event: Event = _silent,
-) -> Checkpoint:
-    """The checkpoint of this step, verified. A collective. Raises StorageError when it is not whole, else as above."""
+) -> Checkpoint | str:
+    """The checkpoint of this step, verified, or why it is not whole. A collective. Raises as above."""
     patience = _patience(run_uri, retry_s, f"checkpoint of step {step}", event)
-    found = _open_together(run_uri, step, identity, world, cache, patience)
-    if isinstance(found, str):
-        raise StorageError(f"the checkpoint of step {step} cannot be used: {found} Go on from the newest whole one.")
-    return found
+    return _open_together(run_uri, step, identity, world, cache, patience)
 
 
 def is_there(run_uri: str, step: int, world: World, *, retry_s: float = AWAY_S, event: Event = _silent) -> bool:

@@ -31,6 +31,7 @@ from service.runs import Run, list_runs
 from service.settings import Settings
 from service.training.attempts import train_to_the_end
 from service.training.loop import TrainJob, TrainResult
+from service.training.patience import Patience
 from service.training.plan import RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
@@ -237,17 +238,25 @@ def _stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
 def _finish(
     run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, result: TrainResult, console: Console
 ) -> None:
-    """Publish, write the report, say where it is."""
+    """Publish, write the report, say where it is. Storage that is away is asked again: the training is done."""
+
+    def say(kind: str, text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    insist = Patience(resolved.config.checkpoint.retry_s, "finishing the run", say).insist
     publish = resolved.config.publish
     manifest = None
     if publish:
         registry = Registry(settings.home)
-        manifest = _published_before(publish.name, run, registry) or _publish(
-            publish.name, run, resolved, registry, plan, result
+        manifest = insist(
+            lambda: (
+                _published_before(publish.name, run, registry)
+                or _publish(publish.name, run, resolved, registry, plan, result)
+            )
         )
-    report = write_report(run, resolved, plan, result, manifest.ref if manifest else None)
+    report = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
     published = {"model": manifest.ref} if manifest else {}
-    run.set_state(RunState.SUCCEEDED, step=result.step, report=report, **published)
+    insist(lambda: run.set_state(RunState.SUCCEEDED, step=result.step, report=report, **published))
     if result.gate:
         alive = f"alive {result.gate.alive}/{result.gate.total}, reloaded = trained"
         console.print(f"Gate passed: {alive} within {result.gate.largest_difference:.2g} nats", highlight=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,13 +73,20 @@ def save(
 
 
 def check_and_keep(
-    directory: Path, base: Path, probe: Probe, config: RunConfig, run: Run, home: str, cache: Path
+    directory: Path,
+    base: Path,
+    probe: Probe,
+    config: RunConfig,
+    run: Run,
+    home: str,
+    cache: Path,
+    insist: Callable[[Callable[[], object]], object],
 ) -> GateReport:
-    """The gate; what passes it is put into the run's `model/`. Raises GateError."""
+    """The gate; what passes it is put into the run's `model/`, by `Patience.insist`. Raises GateError."""
     started_from = None
     if isinstance(config.method, LoraBlock) and config.method.init_from:
         started_from, _ = fetch_initial_adapter(config.method.init_from, cache, home)
     report = run_gate(directory, base, probe, config, started_from)
     for file in sorted(directory.iterdir()):
-        storage.put_file(file, run.path("model", file.name))
+        insist(partial(storage.put_file, file, run.path("model", file.name)))
     return report

@@ -5,8 +5,9 @@ The writing and reading itself is `checkpoint.py`.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from service.config import RunConfig
@@ -49,6 +50,9 @@ class Keeper:
         self.saver = CheckpointSaver(run, world, identity, block, event)
         self._run, self._world, self._identity, self._config, self._cache = run, world, identity, config, cache
         self._strategy, self._names, self._flush, self._event = strategy, names, flush, event
+        self._keep_best = block.keep_best
+        self._lowest: list[float] = []  # of this attempt's evaluations, as many as are kept for it
+        self._measured: tuple[int, float] | None = None  # the last evaluation: after which step, and `stop.metric`
         self._saved_step, self._saved_at = 0, time.monotonic()
 
     def resume(self) -> int:
@@ -80,12 +84,20 @@ class Keeper:
             self.progress = Progress()
             self._event("best_forgotten", f"step {best} was the best so far, and its checkpoint was not kept")
 
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take in what was measured after a step."""
+        self.progress = self.progress.after(step, metrics, self._config.stop)
+        value = metrics.get(self._config.stop.metric, math.nan)
+        if math.isfinite(value):
+            self._measured = step, value
+            self._lowest = sorted([*self._lowest, value])[: self._keep_best]
+
     def due(self, step: int, num_steps: int) -> bool:
         """Whether a checkpoint belongs after this step. The same answer on all workers: the minutes are the first one's."""
         every = self._config.checkpoint.every
         if step == num_steps or (every.steps > 0 and step % every.steps == 0):
             return True
-        if self._keeps_best and self.progress.best_step == step:
+        if (value := self._measured_after(step)) is not None and value in self._lowest:
             return True
         if not every.minutes:
             return False
@@ -95,28 +107,38 @@ class Keeper:
         """Take a snapshot, unless there is one of this step; it is uploaded while training goes on."""
         if step == self._saved_step:
             return
-        measured = self.progress.best if self.progress.best_step == step else None
-        extra = {**self.progress.as_json(), **self._strategy.scalars(), "metric": measured}
+        extra = {**self.progress.as_json(), **self._strategy.scalars(), "metric": self._measured_after(step)}
         self.saver.save(step, self._strategy.state(), extra, self._flush)
         self._saved_step, self._saved_at = step, time.monotonic()
 
     def back_to_the_best(self, step: int) -> int:
-        """With `checkpoint.keep_best` or `stop.patience`, the model is that of the best evaluation; its step."""
+        """With `checkpoint.keep_best` or `stop.patience`, the model is that of the best evaluation; its step.
+
+        Where its checkpoint has been damaged meanwhile, the model stays the last step's, and the run's events say so.
+        """
         best = self.progress.best_step
         if not self._keeps_best or best is None or best == step:
             return step
         retry_s = self._config.checkpoint.retry_s
-        with checkpoint_at(
+        found = checkpoint_at(
             self._run.uri, best, self._identity, self._world, self._cache, retry_s=retry_s, event=self._event
-        ) as checkpoint:
-            self._load(checkpoint)
+        )
+        if isinstance(found, str):
+            text = f"step {best} was the best, and its checkpoint cannot be used: {found} The model is from step {step}"
+            self._event("best_passed_over", text)
+            return step
+        with found:
+            self._load(found)
         figures = f"{self._config.stop.metric} {self.progress.best:.4f}"
         self._event("best", f"step {best}, {figures}: the model is from there")
         return best
 
     @property
     def _keeps_best(self) -> bool:
-        return self._config.checkpoint.keep_best > 0 or self._config.stop.patience > 0
+        return self._keep_best > 0
+
+    def _measured_after(self, step: int) -> float | None:
+        return self._measured[1] if self._measured and self._measured[0] == step else None
 
     def _load(self, checkpoint: Checkpoint) -> None:
         odd = sorted(self._names ^ set(checkpoint.names))

@@ -28,7 +28,7 @@ import torch
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
 from service.data import prepare
-from service.errors import LorayError, ModelError, NotFoundError, StorageError, TrainingError
+from service.errors import LorayError, ModelError, NotFoundError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
 from service.training import handover, methods, optim, start_checks, strategy
@@ -37,6 +37,7 @@ from service.training.checkpoint import Identity
 from service.training.gate import GateReport
 from service.training.keeper import Keeper
 from service.training.objectives.sft import SupervisedLoss
+from service.training.patience import Patience
 from service.training.profiling import profiler
 from service.training.ranklog import RankLog
 from service.training.strategy import World
@@ -90,7 +91,8 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
-    run = _open(job, world)
+    retry_s = RunConfig.model_validate(job.config).checkpoint.retry_s
+    run = Patience(retry_s, "opening the run", _unheard).insist(lambda: _open(job, world))
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
@@ -107,11 +109,15 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     return replace(result, seconds=time.monotonic() - started)
 
 
+def _unheard(kind: str, text: str) -> None:
+    """Before the run is open, there is no log to tell it to."""
+
+
 def _open(job: TrainJob, world: World) -> Run:
     try:
         return Run.open(job.home, job.run_id)
     except NotFoundError as error:
-        raise StorageError(
+        raise TrainingError(
             f"worker {world.rank} on {world.place} does not find the run in LORAY_HOME, {job.home}: there it is not the "
             "driver's. Set LORAY_HOME to an s3:// URI, or to a directory that every node mounts at the same path; "
             "loray doctor looks at all nodes."
@@ -144,9 +150,11 @@ class _Session:
         where = f"{world.rank} of {world.size} on {world.place}, process {os.getpid()}"
         self.events.append({"time": time.time(), "kind": "worker", "text": where, "place": world.place})
         cache = Path(job.cache)
-        base = _verified_base(job, cache)
-        self.rows = prepare.load(job.train_digest, home=job.home, cache=cache)
-        self.eval_rows = prepare.load(job.eval_digest, home=job.home, cache=cache) if job.eval_digest else None
+        insist = Patience(config.checkpoint.retry_s, "the base and the data", self._event).insist
+        base = insist(lambda: _verified_base(job, cache))
+        self.rows = insist(lambda: prepare.load(job.train_digest, home=job.home, cache=cache))
+        held_out = job.eval_digest
+        self.eval_rows = insist(lambda: prepare.load(held_out, home=job.home, cache=cache)) if held_out else None
         self.plan = make_plan(config, self.rows.lengths)
         micro = job.micro or self._micro(packed=True)
         self.batches = Batches(config, world, np.argsort(-self.rows.lengths, kind="stable"), micro)
@@ -191,8 +199,9 @@ class _Session:
         step = self.keeper.resume()
         first, precision = [int(row) for row in self.plan.rows(0)], self.config.precision
         self.watch.moved("trying the head, packing and the largest micro-batch")
-        self.head = start_checks.check_head(self.objective, self.batches, self.rows, first, precision)
-        start_checks.check_causal(self.objective, self.batches, self.rows, first)
+        with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
+            self.head = start_checks.check_head(self.objective, self.batches, self.rows, first, precision)
+            start_checks.check_causal(self.objective, self.batches, self.rows, first)
         self.packing = "a row a sequence, padded: data.pack is never"
         if self.config.data.pack == "auto":
             seq_len = self.config.data.seq_len
@@ -215,7 +224,7 @@ class _Session:
         """Evaluate where it is time, and tell everybody."""
         if step == self.plan.num_steps or _due(step, self.config.evaluate.every.steps):
             metrics |= self._evaluate()
-            self.keeper.progress = self.keeper.progress.after(step, metrics, self.config.stop)
+            self.keeper.evaluated(step, metrics)
         self._log(step, metrics)
         if report:
             report(metrics)
@@ -254,13 +263,13 @@ class _Session:
                 self.strategy.backward(loss, last=last)
             loss_sum += value
         sums = self.strategy.finish(loss_sum, stop=self.watch.stop_reason is not None)
-        self._demand_finite(step, "loss", sums.loss, suspects or rows)
+        self._demand_finite(step, "loss", sums.loss, rows, suspects)
         rate = optim.lr_at(step, self.plan.num_steps, self.config.optim)
         update = self.strategy.update(rate)
         if update.skipped:  # the same rows again, with a smaller scale: no draw is lost
             self.log.say(f"step {step + 1}: overflow in float16 at a loss scale of {update.loss_scale:g}")
             return None, sums.stop
-        self._demand_finite(step, "gradient norm", update.grad_norm, suspects or rows)
+        self._demand_finite(step, "gradient norm", update.grad_norm, rows, suspects)
         drawn = [int(self.rows.row_numbers[row]) for i in mine if i is not None for pack in batches[i] for row in pack]
         self.ledger.append({"step": step + 1, "ids": drawn})
         self.step_seconds = self.world.from_first(int(1000 * (time.monotonic() - started))) / 1000
@@ -296,10 +305,15 @@ class _Session:
         every = max(1, round(turns * AGREE_EVERY_S / seconds))
         return turn % every == 0 and self.world.any(self.watch.stop_reason is not None)
 
-    def _demand_finite(self, step: int, what: str, value: float, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
+    def _demand_finite(
+        self, step: int, what: str, value: float, rows: npt.NDArray[np.int64], suspects: Sequence[int]
+    ) -> None:
+        """Stop on all workers, which have the same value, and name the rows that any of them suspects; else the step's."""
         if math.isfinite(value):
             return
-        numbers = sorted({int(self.rows.row_numbers[row]) for row in rows})
+        suspected = torch.tensor([float(row in suspects) for row in rows], device=self.world.device)
+        named = rows[self.world.add_up(suspected).cpu().numpy() > 0]
+        numbers = sorted({int(self.rows.row_numbers[row]) for row in (named if len(named) else rows)})
         shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
         raise TrainingError(
             f"step {step + 1}: {what} {value}, among rows [{shown}] of {self.rows.card.source}. "
@@ -319,7 +333,7 @@ class _Session:
             self.watch.moved(f"evaluation, micro-batch {turn + 1} of {len(mine)}")
             if index is None and not self.strategy.equal_rounds:
                 continue
-            with self.batches.compute():
+            with start_checks.out_of_memory_as_ours(self.batches.micro, self.world), self.batches.compute():
                 log_probs = self.objective.log_probs(self.batches.tensors(batches[index or 0], self.eval_rows))
             if index is not None:
                 total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
@@ -345,8 +359,11 @@ class _Session:
                 return None
             self.watch.moved("the gate")
             cache = Path(self.job.cache)
-            base = _verified_base(self.job, cache)  # again: the cache may have been deleted meanwhile
-            return handover.check_and_keep(directory, base.path, probe, self.config, self.run, self.job.home, cache)
+            insist = Patience(self.config.checkpoint.retry_s, "the finished model", self._event).insist
+            base = insist(lambda: _verified_base(self.job, cache))  # again: the cache may have been deleted meanwhile
+            return handover.check_and_keep(
+                directory, base.path, probe, self.config, self.run, self.job.home, cache, insist
+            )
 
     def _free_memory(self) -> None:
         del self.objective, self.model, self.strategy, self.keeper
@@ -356,7 +373,8 @@ class _Session:
 
     def _metrics_of(self, step: int) -> Metrics:
         """What was logged for a step by an earlier attempt, or before."""
-        rows = [row for row in self.run.metrics() if row["step"] == step] if step else []
+        insist = Patience(self.config.checkpoint.retry_s, "the run's metrics", self._event).insist
+        rows = [row for row in insist(self.run.metrics) if row["step"] == step] if step else []
         return {name: value for row in rows for name, value in row.items() if name != "step"}
 
     def _startup(self) -> str:

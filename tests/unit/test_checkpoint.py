@@ -228,8 +228,7 @@ def test_a_newest_one_that_is_damaged_is_passed_over_with_a_line(
         assert _holds(found, 5), file
         (line,) = passed_over
         assert "00000010" in line and file.name in line and "passed over" in line
-        with pytest.raises(StorageError, match="step 10 cannot be used"):
-            checkpoint_at(run.uri, 10, IDENTITY, ALONE, tmp_path)
+        assert isinstance(why := checkpoint_at(run.uri, 10, IDENTITY, ALONE, tmp_path), str) and file.name in why
         file.write_bytes(before)
     assert _holds(_find(run, tmp_path)[0], 10)
 

@@ -66,14 +66,126 @@ class ModelBlock(Block):
     chat_template: str | None = None  # path of a Jinja file, instead of the model's own template
 
 
-class DataBlock(Block):
-    """Where the rows are, what becomes of those longer than `seq_len` tokens, and whether rows share a sequence."""
+Format = Literal[
+    "auto", "messages", "sharegpt", "prompt", "alpaca", "qa", "text", "preference", "labelled", "tags"
+]  # see data/formats.py
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-    train: str = Field(min_length=1)
+
+class ReadingBlock(Block):
+    """How the rows of a source are understood: their format, which of their columns is which field, a prompt's text.
+
+    `columns` gives our field's name for theirs: `{prompt: question, completion: answer}`. `template` is the text of the
+    user's turn, with `{column}` where a column's value goes; `alpaca` is the one of that name.
+    """
+
+    format: Format = "auto"
+    columns: dict[str, str] = {}
+    template: str | None = None
+
+
+class SourceBlock(ReadingBlock):
+    """One of several sources. What it does not say of its rows, `data` says. `weight` is for `data.mix.by: weights`."""
+
+    uri: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+
+
+class MixBlock(Block):
+    """How much of an epoch each source has. An epoch is as long as all sources together, whatever their shares.
+
+    proportional: by rows. temperature: by rows ^ (1 / temperature), arXiv:1910.10683 section 3.5.2. weights: as the sources
+    say. `cap` counts no source as larger than this many rows.
+    """
+
+    by: Literal["proportional", "temperature", "weights"] = "proportional"
+    temperature: float = Field(default=1.0, ge=1)
+    cap: int | None = Field(default=None, ge=1)
+
+
+class SplitBlock(Block):
+    """Shares of `data.train` that are held out. A row's side follows from a hash of its content, or of its `group` field.
+
+    With `stratify`, a field, every class has these shares of its own rows.
+    """
+
+    eval: Share = 0.0
+    test: Share = 0.0
+    group: str | None = None
+    stratify: str | None = None
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        if self.eval + self.test >= 1:
+            raise ValueError(f"eval {self.eval} and test {self.test} leave no row to train on; lower them")
+        if self.group and self.stratify:
+            raise ValueError("group and stratify cannot both be kept; leave one out")
+        return self
+
+
+class FilterBlock(Block):
+    """Which rows are left out before training, and counted: by characters of a row's text, by language, by quality."""
+
+    min_chars: int = Field(default=0, ge=0)
+    max_chars: int | None = Field(default=None, ge=1)
+    languages: Annotated[tuple[str, ...], Strict(False)] = ()  # ISO 639-1: en, de
+    max_repetition: float = Field(default=1.0, gt=0, le=1)  # share of a text in repeated 10-grams of words
+
+
+class AugmentBlock(Block):
+    """Changed copies of training rows, beside the rows: so many each, with these shares of the prompt's words changed."""
+
+    copies: int = Field(default=0, ge=0, le=16)
+    synonyms: str | None = None  # a file of lines `word<TAB>other,another`
+    synonym: Share = 0.0
+    swap: Share = 0.0
+    delete: Share = 0.0
+    insert: Share = 0.0
+
+
+class DataBlock(ReadingBlock):
+    """Where the rows are, how they are read and divided, what is trained, and whether rows share a sequence.
+
+    `train` is a source, or several that are mixed: uris, or blocks with a `uri`. What is longer than `seq_len` tokens is an
+    error, or is dropped, or loses its end.
+    """
+
+    train: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[tuple[str | SourceBlock, ...], Strict(False), Field(min_length=1)]
+    )
     eval: str | None = None
+    test: str | None = None  # read once, after the last step
+    train_on: Literal["responses", "all", "last"] = "responses"
     seq_len: int = Field(default=1024, ge=8)
-    over_long: Literal["error", "drop"] = "error"
+    over_long: Literal["error", "drop", "truncate"] = "error"
     pack: Literal["auto", "never"] = "auto"  # auto: whole rows share a sequence where the model keeps them apart
+    mix: MixBlock = MixBlock()
+    split: SplitBlock = SplitBlock()
+    filter: FilterBlock = FilterBlock()
+    augment: AugmentBlock = AugmentBlock()
+    curriculum: str | None = None  # `length`, or a field that is a number: every epoch goes from the smallest up
+
+    @property
+    def sources(self) -> tuple[SourceBlock, ...]:
+        """The sources of `train`, complete: what they leave open is as `data` has it."""
+        given = (self.train,) if isinstance(self.train, str) else self.train
+        own = [{"uri": one} if isinstance(one, str) else one.model_dump(exclude_unset=True) for one in given]
+        mine = {"format": self.format, "columns": self.columns, "template": self.template}
+        return tuple(SourceBlock.model_validate({**mine, **block}) for block in own)
+
+
+class RunBlock(Block):
+    """Several trainings as one run, with mean and spread: over `folds` of the data, or over `seeds`, `seed` and those after it."""
+
+    folds: int = Field(default=1, ge=1, le=100)
+    seeds: int = Field(default=1, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.folds > 1 and self.seeds > 1:
+            raise ValueError(f"folds {self.folds} and seeds {self.seeds} cannot both be more than 1; keep one")
+        return self
 
 
 class FullBlock(Block):
@@ -246,6 +358,7 @@ class RunConfig(Block):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     model: Annotated[ModelBlock, _shorthand("id")]
     data: DataBlock
+    run: RunBlock = RunBlock()
     objective: Literal["sft"] = "sft"
     method: Annotated[MethodBlock, BeforeValidator(_method)] = LoraBlock()
     optim: OptimBlock = OptimBlock()

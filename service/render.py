@@ -16,7 +16,7 @@ from typing import Any
 
 from service.errors import DataError, ModelError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content; tool_calls, tool_call_id, name; train: whether this turn is learnt
 RENDERER_VERSION = 1
 ROLES = ("system", "user", "assistant")
 

@@ -7,33 +7,14 @@ are line numbers, from 1, as an editor shows them.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from service import storage
+from service.data.rows import Conversation, Row
 from service.errors import DataError, NotFoundError
 from service.render import ROLES, Message
 
 MAX_PROBLEMS_SHOWN = 20
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation and the line it stands on."""
-
-    number: int
-    messages: tuple[Message, ...]
-
-    def prompt(self) -> tuple[Message, ...]:
-        """All messages before the last assistant's turn."""
-        return self.messages[: self._last_answer()]
-
-    def reference(self) -> str:
-        """The last assistant's turn: what a perfect model would answer to `prompt()`."""
-        return self.messages[self._last_answer()]["content"]
-
-    def _last_answer(self) -> int:
-        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
 
 
 def read_rows(uri: str) -> list[Row]:
@@ -64,7 +45,7 @@ def parse_rows(data: bytes, name: str) -> list[Row]:
         if line.strip():
             parsed = _parse_line(line)
             if isinstance(parsed, tuple):
-                rows.append(Row(number, parsed))
+                rows.append(Row(number, Conversation(parsed)))
             else:
                 problems += [f"row {number}: {problem}" for problem in parsed]
     if problems:

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save
 
 from service import storage
-from service.data.formats import Row, parse_rows, read_data
+from service.data.formats import parse_rows, read_data
+from service.data.rows import Row
 from service.errors import ConflictError, DataError, ModelError
 from service.render import Renderer
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
-from service.data.formats import Row, read_rows
+from service.data.formats import read_rows
+from service.data.rows import Row
 from service.domain import ModelRef
 from service.errors import DataError, ModelError
 from service.evaluation.task import TaskScores, score_json

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from service.errors import DataError, ModelError
 
+Tool = Mapping[str, Any]  # OpenAI's shape of a function
 Message = dict[str, Any]  # role, content; tool_calls, tool_call_id, name; train: whether this turn is learnt
+TrainOn = Literal["responses", "all", "last"]
 RENDERER_VERSION = 1
 ROLES = ("system", "user", "assistant")
 
@@ -29,6 +31,9 @@ class Example:
     mask: list[bool]
 
 
+Chat = tuple[Sequence[Message], Sequence[Tool]]  # a conversation and the tools that the assistant may call
+
+
 class Renderer:
     """A tokenizer with its chat template and the ids that end a turn."""
 
@@ -37,11 +42,13 @@ class Renderer:
         self.stop_ids = stop_ids
         self.digest = _digest(tokenizer, stop_ids)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The ids after which the model answers: all messages, then the template's opening of an assistant's turn."""
-        return self._tokenised(self._text(messages, opening=True))
+        return self._tokenised(self._text(messages, tools, opening=True))
 
-    def examples(self, messages: Sequence[Message]) -> list[Example]:
+    def examples(
+        self, messages: Sequence[Message], tools: Sequence[Tool] = (), train_on: TrainOn = "responses"
+    ) -> list[Example]:
         """One Example that trains every assistant turn; or one a turn, where the template rewrites earlier turns.
 
         Raises DataError when there is no assistant turn, or a turn has no end-of-turn token.
@@ -49,7 +56,7 @@ class Renderer:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns:
             raise DataError("no message has the role assistant, so nothing would be trained. Add the answer.")
-        rendered = [self._turn(messages[: i + 1]) for i in turns]
+        rendered = [self._turn(messages[: i + 1], tools) for i in turns]
         last = rendered[-1].ids
         if all(last[: len(example.ids)] == example.ids for example in rendered):
             mask = [False] * len(last)
@@ -58,14 +65,39 @@ class Renderer:
             return [Example(last, mask)]
         return rendered
 
+    def examples_batch(
+        self, chats: Sequence[Chat], train_on: TrainOn = "responses"
+    ) -> list[list[Example] | DataError | ModelError]:
+        """`examples` of many conversations, tokenised together; in the place of one that cannot be rendered, the error."""
+        return [self._examples_or_error(chat, train_on) for chat in chats]
+
+    def _examples_or_error(self, chat: Chat, train_on: TrainOn) -> list[Example] | DataError | ModelError:
+        try:
+            return self.examples(*chat, train_on)
+        except (DataError, ModelError) as error:
+            return error
+
+    def text(self, text: str) -> Example:
+        """Running text: the ids that the tokenizer gives with its own special tokens, then EOS; all but the first trained."""
+        (example,) = self.texts([text])
+        return example
+
+    def texts(self, texts: Sequence[str]) -> list[Example]:
+        """`text` of many texts, tokenised together."""
+        if not texts:
+            return []
+        eos = self.tokenizer.eos_token_id
+        rows = [[*ids, eos] for ids in self.tokenizer(list(texts))["input_ids"]]
+        return [Example(ids, [False] + [True] * (len(ids) - 1)) for ids in rows]
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    def _turn(self, messages: Sequence[Message]) -> Example:
+    def _turn(self, messages: Sequence[Message], tools: Sequence[Tool]) -> Example:
         """The conversation up to one assistant turn, only that turn trained, cut after its end-of-turn token."""
-        prompt_text = self._text(messages[:-1], opening=True)
-        whole_text = self._text(messages, opening=False)
+        prompt_text = self._text(messages[:-1], tools, opening=True)
+        whole_text = self._text(messages, tools, opening=False)
         if not whole_text.startswith(prompt_text):
             raise ModelError(
                 "the chat template renders the answer differently from the prompt that asks for it: the prompt ends in "
@@ -83,14 +115,16 @@ class Renderer:
         answer = answer[: ends[-1] + 1]
         return Example(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
-    def _text(self, messages: Sequence[Message], *, opening: bool) -> str:
+    def _text(self, messages: Sequence[Message], tools: Sequence[Tool], *, opening: bool) -> str:
         from jinja2.exceptions import TemplateError
 
         if not messages:
             raise DataError("no message stands before the assistant's, so there is nothing to answer. Add the user's.")
 
         try:
-            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=opening)
+            text = self.tokenizer.apply_chat_template(
+                list(messages), list(tools) or None, tokenize=False, add_generation_prompt=opening
+            )
         except TemplateError as error:
             raise DataError(f"the chat template refuses these messages: {error}") from None
         return str(text)

@@ -1,8 +1,8 @@
 """The command line, `loray`: reads arguments, calls one thing, prints the answer. `--help` imports no torch and no Ray.
 
 Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about models in
-`models.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message and an exit code:
-2 for wrong input, 1 for what failed.
+`models.py`, about data in `data.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message
+and an exit code: 2 for wrong input, 1 for what failed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import models, runs
+from service.cli import data, models, runs
 from service.cli.terminal import console, print_json
 from service.errors import ConfigError, LorayError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(no_args_is_help=True, help="API keys of endpoints.")
 app.add_typer(keys, name="keys")
+app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 

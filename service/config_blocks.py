@@ -128,8 +128,14 @@ class FilterBlock(Block):
 
     min_chars: int = Field(default=0, ge=0)
     max_chars: int | None = Field(default=None, ge=1)
-    languages: Annotated[tuple[str, ...], Strict(False)] = ()  # ISO 639-1: en, de
+    languages: Annotated[tuple[Annotated[str, Field(pattern="^[a-z]{2,3}$")], ...], Strict(False)] = ()  # ISO 639-1: en
     max_repetition: float = Field(default=1.0, gt=0, le=1)  # share of a text in repeated 10-grams of words
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"min_chars {self.min_chars} is more than max_chars {self.max_chars}; set them in order")
+        return self
 
 
 class AugmentBlock(Block):
@@ -141,6 +147,21 @@ class AugmentBlock(Block):
     swap: Share = 0.0
     delete: Share = 0.0
     insert: Share = 0.0
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        changes = any((self.synonym, self.swap, self.delete, self.insert))
+        if changes != bool(self.copies):
+            raise ValueError(
+                f"copies {self.copies} and the shares go together: set copies and one of synonym, swap, delete, insert"
+            )
+        if self.synonym and not self.synonyms:
+            raise ValueError(
+                f"synonym {self.synonym} needs a table; set synonyms to a file of lines word<TAB>other,another"
+            )
+        if self.synonyms and not (self.synonym or self.insert):
+            raise ValueError("synonyms is a table that only synonym and insert read; set one of them, or leave it out")
+        return self
 
 
 class DataBlock(ReadingBlock):
@@ -179,13 +200,23 @@ class RunBlock(Block):
     """Several trainings as one run, with mean and spread: over `folds` of the data, or over `seeds`, `seed` and those after it."""
 
     folds: int = Field(default=1, ge=1, le=100)
+    fold: int | None = Field(default=None, ge=1)  # train this one of them alone
     seeds: int = Field(default=1, ge=1, le=100)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:
         if self.folds > 1 and self.seeds > 1:
             raise ValueError(f"folds {self.folds} and seeds {self.seeds} cannot both be more than 1; keep one")
+        if self.fold is not None and (self.folds == 1 or self.fold > self.folds):
+            raise ValueError(
+                f"fold {self.fold} is none of the folds, 1 to {self.folds}; raise folds, or leave fold out"
+            )
         return self
+
+    @property
+    def held_out(self) -> tuple[int, int] | None:
+        """Which fold is not trained on, from 1, and of how many; None where nothing is held out by folds."""
+        return None if self.fold is None else (self.fold, self.folds)
 
 
 class FullBlock(Block):

@@ -7,6 +7,8 @@ Pure: how rows come out of files is in `files.py` and `formats.py`, how they bec
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +85,12 @@ class Row:
     content: Content
     fields: Mapping[str, Any] = field(default_factory=dict)
     file: str = ""  # of a source of several files, the one it stands in, and `number` counts through all of them
+    fixed: tuple[str, ...] = ()  # of a user's turn made by a prompt template, the template's text between its columns
+
+    def value(self, name: str) -> Any:
+        """What a user calls the row's field `name`: another column, or the label of a labelled text; None without one."""
+        known = {"label": self.content.label} if isinstance(self.content, Labelled) else {}
+        return self.fields.get(name, known.get(name))
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -130,3 +138,9 @@ def texts(content: Content) -> Iterator[tuple[str, str]]:
     else:
         yield "context", content.context
         yield "question", content.question
+
+
+def fingerprint(content: Content) -> bytes:
+    """Eight bytes that equal contents share, wherever they stand; of 10^7 different ones two are the same once in 10^5 times."""
+    text = json.dumps([type(content).__name__, vars(content)], default=vars, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).digest()

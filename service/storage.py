@@ -114,6 +114,14 @@ def read_chunks(uri: str, num_bytes: int) -> Iterator[bytes]:
             yield chunk
 
 
+def open_read(uri: str) -> BinaryIO:
+    """The file as a stream that can seek; NotFoundError when absent. On S3 it reads ranges, all of one content."""
+    if not is_local(uri):
+        return s3.open_read(uri)
+    with _reported(uri, "read"):
+        return local_path(uri).open("rb")
+
+
 def write_bytes(uri: str, data: bytes) -> None:
     """Creates or replaces the file at once. Missing directories are made."""
     if not is_local(uri):

@@ -1,142 +1,181 @@
-"""From a JSONL file to conversations, or to one error that names every bad row and field.
+"""From records to rows: which format a source has, and what each of its records says, or why it says nothing.
 
-Two shapes are read: `{"messages": [{"role", "content"}, ...]}` and `{"prompt": "...", "completion": "..."}`. Row numbers
-are line numbers, from 1, as an editor shows them.
+    format      needs                                     takes too
+    messages    messages                                  tools
+    sharegpt    conversations                             system, tools
+    prompt      prompt, completion (texts or messages)    system, tools
+    alpaca      instruction, output                       input, system
+
+`data.columns` says which column is which field, other columns become `Row.fields`. `data.template` is the text of the
+user's turn in prompt and alpaca.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-from service import storage
-from service.data.rows import Conversation, Row
-from service.errors import DataError, NotFoundError
-from service.render import ROLES, Message
+from service.config import Format, ReadingBlock
+from service.data.files import Source, open_source
+from service.data.records import Record
+from service.data.rows import Content, Conversation, Problem, Row
+from service.data.turns import conversation, read_text, read_turns, shown, system_turn
+from service.errors import DataError
 
 MAX_PROBLEMS_SHOWN = 20
+DETECTED = ReadingBlock()
+SAMPLE_RECORDS = 64  # by which a format is detected
+
+Fields = Mapping[str, Any]  # by our names
 
 
-def read_rows(uri: str) -> list[Row]:
-    """All rows of a JSONL file. Raises DataError that lists the bad ones, by row and field, with the remedy."""
-    return parse_rows(read_data(uri), uri)
+@dataclass(frozen=True)
+class _Shape:
+    """A format: one of these sets of fields is needed, these are taken too; and how they become a row's content."""
+
+    needs: tuple[tuple[str, ...], ...]
+    takes: tuple[str, ...]
+    read: Callable[[Fields, list[str]], Content]
+
+    @property
+    def fields(self) -> frozenset[str]:
+        return frozenset(field for fields in (*self.needs, self.takes) for field in fields)
+
+    def fits(self, columns: Iterable[str]) -> bool:
+        return any(set(fields) <= set(columns) for fields in self.needs)
 
 
-def read_data(uri: str) -> bytes:
-    """The file's bytes. Raises DataError when it does not exist or is empty."""
-    try:
-        data = storage.read_bytes(uri)
-    except NotFoundError:
-        raise DataError(f"{uri}: the data file does not exist. Check data.train and data.eval.") from None
-    if not data.strip():
-        raise DataError(f"{uri}: the data file is empty. It needs one JSON object a line.")
-    return data
-
-
-def parse_rows(data: bytes, name: str) -> list[Row]:
-    """The rows in `data`; `name` is for messages."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: byte {error.start} is no UTF-8 ({error.reason}). Save the file as UTF-8.") from None
-    rows: list[Row] = []
-    problems: list[str] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            parsed = _parse_line(line)
-            if isinstance(parsed, tuple):
-                rows.append(Row(number, Conversation(parsed)))
-            else:
-                problems += [f"row {number}: {problem}" for problem in parsed]
-    if problems:
-        shown = [f"  {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
-        more = len(problems) - len(shown)
-        tail = [f"  ... and {more} more"] if more > 0 else []
-        raise DataError("\n".join([f"{name}: {len(problems)} problem(s). Mend these rows.", *shown, *tail]))
+def read_rows(uri: str, reading: ReadingBlock = DETECTED) -> list[Row]:
+    """All rows of a file of conversations. Raises DataError that lists the bad ones, by row and field."""
+    found = list(read_source(open_source(uri), reading))
+    raise_problems([entry for entry in found if isinstance(entry, Problem)], uri)
+    rows = [entry for entry in found if isinstance(entry, Row)]
+    if others := [row for row in rows if not isinstance(row.content, Conversation)]:
+        kind = type(others[0].content).__name__.lower()
+        raise DataError(
+            f"{uri}: row {others[0].number} is a {kind}, wanted conversations: messages, or prompt and completion."
+        )
     return rows
 
 
-def _parse_line(line: str) -> tuple[Message, ...] | list[str]:
-    """The messages of one line, or its problems."""
-    try:
-        row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        return [f"no valid JSON: {error}. One JSON object a line."]
-    if not isinstance(row, dict):
-        return [f"a JSON {type(row).__name__}, wanted an object with messages, or with prompt and completion."]
-    if "messages" in row:
-        return _messages(row["messages"])
-    if "prompt" in row or "completion" in row:
-        return _prompt_completion(row)
-    return [f"no field 'messages' and no 'prompt' and 'completion'; it has {sorted(row)[:8]}."]
+def raise_problems(problems: list[Problem], name: str) -> None:
+    """DataError with the first of them, a line each; nothing where there are none."""
+    if not problems:
+        return
+    lines = [f"  row {problem.number}{_in(problem.file)}: {problem.text}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
+    more = len(problems) - len(lines)
+    tail = [f"  ... and {more} more"] if more > 0 else []
+    raise DataError("\n".join([f"{name}: {len(problems)} problem(s). Mend these rows.", *lines, *tail]))
 
 
-def _prompt_completion(row: dict[str, Any]) -> tuple[Message, ...] | list[str]:
-    problems = []
-    for field in ("prompt", "completion"):
-        if field not in row:
-            problems.append(f"field '{field}' is missing.")
-        else:
-            problems += _text_problems(row[field], field)
-    if problems:
-        return problems
-    return ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
+def read_source(source: Source, reading: ReadingBlock = DETECTED) -> Iterator[Row | Problem]:
+    """The rows of a source, streamed, with a Problem for each thing that is wrong. Raises DataError where none has a format."""
+    if not any(isinstance(entry, Record) for entry in source.records()):
+        return (entry for entry in source.records() if isinstance(entry, Problem))
+    return _parsed(source.records(), detect(_readable(source), reading, source.uri), reading)
 
 
-def _messages(messages: Any) -> tuple[Message, ...] | list[str]:
-    if not isinstance(messages, list) or not messages:
-        return [f"messages is {_shown(messages)}, wanted a list of at least one user and one assistant message."]
-    problems: list[str] = []
-    for index, message in enumerate(messages):
-        problems += _message_problems(message, f"messages[{index}]")
-    if not problems and messages[-1]["role"] != "assistant":
-        problems.append(
-            f"the last message has the role {messages[-1]['role']!r}, wanted assistant: the answer to learn."
+def detect(records: Iterable[Record], reading: ReadingBlock, name: str) -> Format:
+    """The format that `reading` names, or the one that the first records have. Raises DataError where they have none, or two."""
+    sample = [_fields(record.values, reading.columns) for record in islice(records, SAMPLE_RECORDS)]
+    columns = list(dict.fromkeys(column for fields in sample for column in fields))
+    wanted: Iterable[Format] = _SHAPES if reading.format == "auto" else (reading.format,)
+    fitting = [shape for shape in wanted if any(_SHAPES[shape].fits(fields) for fields in sample)]
+    if not fitting:
+        needs = [f"  {shape}: {_needed(_SHAPES[shape])}" for shape in wanted]
+        raise DataError(
+            "\n".join(
+                [f"{name}: no format has the columns {columns[:20]}. Name them by data.columns. Needed are:", *needs]
+            )
         )
-    elif not problems and len(messages) == 1:
-        problems.append("messages has only an answer, wanted the user's message before it.")
-    if problems:
-        return problems
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+    if len(fitting) > 1:
+        raise DataError(f"{name}: the rows fit the formats {' and '.join(fitting)}. Set data.format to one of them.")
+    return fitting[0]
 
 
-def _message_problems(message: Any, field: str) -> list[str]:
-    if not isinstance(message, dict):
-        return [f"{field} is {_shown(message)}, wanted an object with role and content."]
-    problems = []
-    unknown = sorted(set(message) - {"role", "content"})
-    if unknown:
-        problems.append(f"{field} has the field(s) {unknown}, which this version does not train. Remove them.")
-    if message.get("role") not in ROLES:
-        problems.append(f"{field}.role is {_shown(message.get('role'))}, wanted one of {', '.join(ROLES)}.")
-    if "content" not in message:
-        problems.append(f"{field}.content is missing.")
+def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Problem]:
+    """What a record says in this format, or all that is wrong with it."""
+    problems: list[str] = []
+    own = _SHAPES[shape].fields
+    fields = {key: value for key, value in _fields(record.values, reading.columns).items() if key in own}
+    if not _SHAPES[shape].fits(fields):
+        missing = [field for field in _SHAPES[shape].needs[0] if field not in fields]
+        problems += [f"field '{field}' is missing. The row has {sorted(record.values)[:8]}." for field in missing]
     else:
-        problems += _text_problems(message["content"], f"{field}.content")
-    return problems
+        content = _SHAPES[shape].read(fields, problems)
+    if problems:
+        return [Problem(record.number, text, record.file) for text in problems]
+    theirs = {reading.columns.get(field, field) for field in own}
+    others = {key: value for key, value in record.values.items() if key not in theirs}
+    return Row(record.number, content, others, record.file)
 
 
-def _text_problems(value: Any, field: str) -> list[str]:
-    if not isinstance(value, str):
-        return [f"{field} is {_shown(value)}, wanted text."]
-    if not value.strip():
-        return [f"{field} is empty."]
-    if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
-        return [f"{field} has a lone surrogate, which is no text. Re-encode the row."]
-    return []
+def _readable(source: Source) -> Iterator[Record]:
+    return (entry for entry in source.records() if isinstance(entry, Record))
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _parsed(records: Iterable[Record | Problem], shape: Format, reading: ReadingBlock) -> Iterator[Row | Problem]:
+    for record in records:
+        if isinstance(record, Problem):
+            yield record
+        elif isinstance(row := parse(record, shape, reading), Row):
+            yield row
+        else:
+            yield from row
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key stands twice")
-    return row
+def _fields(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A record by our names."""
+    theirs = set(columns.values())
+    renamed = {ours: values[column] for ours, column in columns.items() if column in values}
+    return {**{key: value for key, value in values.items() if key not in theirs}, **renamed}
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def _needed(shape: _Shape) -> str:
+    return " or ".join(" and ".join(fields) for fields in shape.needs)
+
+
+def _in(file: str) -> str:
+    return f" ({file})" if file else ""
+
+
+def _messages(fields: Fields, problems: list[str]) -> Content:
+    return conversation(fields["messages"], "messages", problems, tools=fields.get("tools"))
+
+
+def _sharegpt(fields: Fields, problems: list[str]) -> Content:
+    system, tools = fields.get("system"), fields.get("tools")
+    return conversation(fields["conversations"], "conversations", problems, system=system, tools=tools)
+
+
+def _prompt(fields: Fields, problems: list[str]) -> Content:
+    asked = _turns_or_text(fields["prompt"], "prompt", "user", problems)
+    answered = _turns_or_text(fields["completion"], "completion", "assistant", problems)
+    return Conversation((*system_turn(fields.get("system"), problems), *asked, *answered))
+
+
+def _turns_or_text(value: Any, field: str, role: str, problems: list[str]) -> tuple[dict[str, Any], ...]:
+    if isinstance(value, list):
+        return read_turns(value, field, problems)
+    return ({"role": role, "content": read_text(value, field, problems)},)
+
+
+def _alpaca(fields: Fields, problems: list[str]) -> Content:
+    instruction = read_text(fields["instruction"], "instruction", problems)
+    given = fields.get("input")
+    if given is not None and not isinstance(given, str):
+        problems.append(f"input is {shown(given)}, wanted text.")
+    asked = f"{instruction}\n\n{given}" if given else instruction
+    output = read_text(fields["output"], "output", problems)
+    turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": output})
+    return Conversation((*system_turn(fields.get("system"), problems), *turns))
+
+
+_SHAPES: dict[Format, _Shape] = {
+    "messages": _Shape((("messages",),), ("tools",), _messages),
+    "sharegpt": _Shape((("conversations",),), ("system", "tools"), _sharegpt),
+    "prompt": _Shape((("prompt", "completion"),), ("system",), _prompt),
+    "alpaca": _Shape((("instruction", "output"),), ("input", "system"), _alpaca),
+}

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from safetensors.numpy import load_file, save
 
 from service import storage
-from service.data.formats import parse_rows, read_data
+from service.data.files import open_source
+from service.data.formats import read_rows
 from service.data.rows import Row
 from service.errors import ConflictError, DataError, ModelError
 from service.render import Renderer
@@ -80,14 +81,13 @@ class TokenRows:
 
 def prepare(uri: str, renderer: Renderer, *, home: str, seq_len: int, over_long: str) -> DataCard:
     """Tokenise a data file into `home/datasets/<digest>`, or find it there. Raises DataError by row."""
-    data = read_data(uri)
-    source_sha256 = hashlib.sha256(data).hexdigest()
+    source_sha256 = open_source(uri).sha256
     parts = [PREPARE_VERSION, source_sha256, renderer.digest, seq_len, over_long]
     digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     card_uri = storage.join(home, "datasets", digest, "card.json")
     if storage.exists(card_uri):
         return _card(storage.read_bytes(card_uri), uri)
-    rows = _tokenise(parse_rows(data, uri), renderer, uri, seq_len, over_long, source_sha256, digest)
+    rows = _tokenise(read_rows(uri), renderer, uri, seq_len, over_long, source_sha256, digest)
     arrays: dict[str, npt.NDArray[Any]] = {
         "ids": rows.ids,
         "mask": rows.mask,

@@ -415,24 +415,85 @@ class RunConfig(Block):
 
     @classmethod
     def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """What counts evaluations needs some to count, and evaluations need rows."""
-        if value_at(values, "data.eval") is None:
+        """What counts evaluations needs some to count, evaluations need rows, and rows come from one place only."""
+        held_out = any(
+            (
+                value_at(values, "data.eval") is not None,
+                _is_positive(value_at(values, "data.split.eval")),
+                _is_several(value_at(values, "run.folds")),
+            )
+        )
+        if not held_out:
             for key in ("evaluate.at_start", "evaluate.every.steps"):
                 value = value_at(values, key)
                 if value is True or (type(value) is int and value > 0 and key.endswith("steps")):
-                    yield f"{key}: there are no rows to evaluate on. Set data.eval, or leave {key} out."
-        needed = {"data.eval": value_at(values, "data.eval")}
+                    yield f"{key}: there are no rows to evaluate on. Set data.eval or data.split.eval, or leave {key} out."
         every = value_at(values, "evaluate.every.steps")
-        needed["evaluate.every.steps"] = every if _is_positive(every) else None
-        missing = [key for key, value in needed.items() if value is None]
+        needed = {"data.eval": held_out, "evaluate.every.steps": _is_positive(every)}
+        missing = [key for key, there in needed.items() if not there]
         for key in ("stop.patience", "checkpoint.keep_best"):
             value = value_at(values, key)
             if _is_positive(value) and missing:
                 yield f"{key}: {value} goes by evaluations during the run. Set {' and '.join(missing)} too, or {key}: 0."
+        yield from _divided(values)
+        yield from _mixed(values)
+        yield from _repeated(values, held_out)
+
+
+def _divided(values: Mapping[str, Any]) -> Iterator[str]:
+    """Each side of the data is given once: by a file, by a share, or by folds."""
+    folds = value_at(values, "run.folds")
+    for side in ("eval", "test"):
+        share = value_at(values, f"data.split.{side}")
+        if _is_positive(share) and value_at(values, f"data.{side}") is not None:
+            yield f"data.split.{side}: {share}, and data.{side} names a file of such rows. Leave one of the two out."
+    for key in ("data.eval", "data.split.eval"):
+        value = value_at(values, key)
+        if _is_several(folds) and value is not None and value != 0:
+            yield f"{key}: {value!r}, and with run.folds each fold is evaluated on in turn. Leave one of the two out."
+    shares = (value_at(values, f"data.split.{side}") for side in ("eval", "test"))
+    if not _is_several(folds) and not any(map(_is_positive, shares)):
+        for key in ("data.split.group", "data.split.stratify"):
+            if value_at(values, key) is not None:
+                yield f"{key}: nothing is divided. Set data.split.eval, data.split.test or run.folds, or leave {key} out."
+
+
+def _mixed(values: Mapping[str, Any]) -> Iterator[str]:
+    """Of `data.mix` and the sources' weights, what its rule does not read."""
+    by = value_at(values, "data.mix.by") or MixBlock().by
+    temperature, cap, train = (value_at(values, key) for key in ("data.mix.temperature", "data.mix.cap", "data.train"))
+    if by != "temperature" and temperature not in (None, 1):
+        yield f"data.mix.temperature: {temperature}, and data.mix.by is {by}. Set by: temperature, or leave it out."
+    if by == "weights" and cap is not None:
+        yield f"data.mix.cap: {cap} counts rows, and data.mix.by is weights. Leave one of the two out."
+    sources = train if isinstance(train, list | tuple) else ()
+    if by != "weights" and any(isinstance(source, Mapping) and source.get("weight", 1) != 1 for source in sources):
+        yield f"data.train: a source has a weight, and data.mix.by is {by}. Set by: weights, or leave the weights out."
+
+
+def _repeated(values: Mapping[str, Any], held_out: bool) -> Iterator[str]:
+    """One version is published of a run: of several seeds the best one, and of folds none has seen all rows."""
+    if value_at(values, "publish") is None:
+        return
+    folds, seeds = value_at(values, "run.folds"), value_at(values, "run.seeds")
+    if _is_several(folds) and value_at(values, "run.fold") is None:
+        yield (
+            f"publish: with run.folds: {folds} every training has seen only a part of the rows, and none is the one to "
+            "serve. Leave publish out, or publish a run over all rows without run.folds."
+        )
+    if _is_several(seeds) and not held_out:
+        yield (
+            f"publish: with run.seeds: {seeds} the one of lowest eval/loss is published, and there are no rows to evaluate "
+            "on. Set data.eval or data.split.eval, or leave publish out."
+        )
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+    return isinstance(value, int | float) and value > 0
 
 
 class VllmBlock(Block):

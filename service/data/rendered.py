@@ -8,16 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from service.config import RunConfig, read_text
 from service.data.rows import Content, Conversation, Extraction, Labelled, Preference, Row, Tagged, Text
 from service.errors import DataError, ModelError
-from service.render import Example, Renderer, TrainOn
+from service.render import Example, Rendered, Renderer, TrainOn, load_renderer
 
 # What is answered to a question whose context has no answer: as FLAN words SQuAD 2, arXiv:2109.01652.
 UNANSWERABLE = "unanswerable"
+_NO_CONVERSATION = (
+    "words with tags are no conversation, and sft trains on conversations and text. "
+    "Give data.columns that name a prompt and an answer, or another file."
+)
 
-Rendered = list[Example] | DataError | ModelError
+
+def renderer_for(config: RunConfig, directory: Path) -> Renderer:
+    """The renderer of a run, for a model in `directory`: its own template, or the one that the config names."""
+    template = config.model.chat_template
+    return load_renderer(directory, read_text(template, "model.chat_template") if template else None)
 
 
 def examples_of(row: Row, renderer: Renderer, train_on: TrainOn = "responses") -> list[Example]:
@@ -87,12 +97,6 @@ def words_of(tagged: Tagged, tokenizer: Any) -> Words:
             f"the tokenizer has no token for the word(s) {', '.join(lost[:10])}, so their tags have no place."
         )
     return Words(list(encoded["input_ids"]), [first[i] for i in range(len(tagged.tokens))])
-
-
-_NO_CONVERSATION = (
-    "words with tags are no conversation, and sft trains on conversations and text. "
-    "Give data.columns that name a prompt and an answer, or another file."
-)
 
 
 def _question(text: str, answer: str) -> Conversation:

@@ -16,6 +16,7 @@ from typing import Any
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
 from service.data.formats import read_rows
+from service.data.rendered import renderer_for
 from service.data.rows import Row
 from service.domain import ModelRef
 from service.errors import DataError, ModelError
@@ -26,7 +27,6 @@ from service.inference.torch_engine import TorchEngine
 from service.registry import Registry
 from service.render import Message, load_renderer
 from service.settings import Settings
-from service.training.plan import renderer_for
 
 
 @dataclass(frozen=True)

@@ -11,19 +11,18 @@ import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from service.base_models import BaseModel, resolve_base_model
-from service.config import ResolvedRun, RunConfig, read_text
+from service.config import ResolvedRun, RunConfig
 from service.data import prepare
 from service.data.prepare import DataCard, TokenRows
+from service.data.rendered import renderer_for
 from service.domain import RunState
 from service.errors import NotFoundError
-from service.render import Renderer, load_renderer
 from service.runs import list_runs
 from service.settings import Settings
 from service.training import compatibility, methods
@@ -74,12 +73,6 @@ class RunPlan:
         return asdict(self) | {
             "base": {"name": self.base.name, "digest": self.base.digest, "path": str(self.base.path)}
         }
-
-
-def renderer_for(config: RunConfig, directory: Path) -> Renderer:
-    """The renderer of a run, for a model in `directory`: its own template, or the one that the config names."""
-    template = config.model.chat_template
-    return load_renderer(directory, read_text(template, "model.chat_template") if template else None)
 
 
 def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str, str | None] | None = None) -> RunPlan:

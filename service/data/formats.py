@@ -1,50 +1,82 @@
 """From records to rows: which format a source has, and what each of its records says, or why it says nothing.
 
-    format      needs                                     takes too
-    messages    messages                                  tools
-    sharegpt    conversations                             system, tools
-    prompt      prompt, completion (texts or messages)    system, tools
-    alpaca      instruction, output                       input, system
+    format      needs                                               takes too
+    messages    messages                                            tools
+    sharegpt    conversations                                       system, tools
+    prompt      prompt, completion (texts or lists of messages)     system, tools
+    alpaca      instruction, output                                 input, system
+    preference  chosen, rejected (texts or lists of messages)       prompt (unless both begin with it), system
+    qa          context, question, answers or answer                answer_start
+    tags        tokens, tags or ner_tags
+    labelled    label; text, sentence, sentence1 and sentence2,
+                or premise and hypothesis
+    text        text
 
-`data.columns` says which column is which field, other columns become `Row.fields`. `data.template` is the text of the
-user's turn in prompt and alpaca.
+A source that could be text and another format is the other one. One that fits two others is an error that says what to
+set, `data.format`. `data.columns` says which column is which field; columns that no field needs are `Row.fields`.
+`data.template` is the text of the user's turn, in prompt and alpaca, in the place of prompt, or of instruction and input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 from service.config import Format, ReadingBlock
+from service.data import contents, templates
+from service.data.contents import Fields
 from service.data.files import Source, open_source
 from service.data.records import Record
 from service.data.rows import Content, Conversation, Problem, Row
-from service.data.turns import conversation, read_text, read_turns, shown, system_turn
 from service.errors import DataError
 
 MAX_PROBLEMS_SHOWN = 20
-DETECTED = ReadingBlock()
 SAMPLE_RECORDS = 64  # by which a format is detected
-
-Fields = Mapping[str, Any]  # by our names
+DETECTED = ReadingBlock()
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """A format: one of these sets of fields is needed, these are taken too; and how they become a row's content."""
+    """A format: one of these sets of fields is needed, these are taken too; and how they become a row's content.
+
+    `asked`: the fields that a template takes the place of, the first of them for good.
+    """
 
     needs: tuple[tuple[str, ...], ...]
     takes: tuple[str, ...]
     read: Callable[[Fields, list[str]], Content]
+    asked: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def fields(self) -> frozenset[str]:
         return frozenset(field for fields in (*self.needs, self.takes) for field in fields)
 
-    def fits(self, columns: Iterable[str]) -> bool:
-        return any(set(fields) <= set(columns) for fields in self.needs)
+    def lacks(self, columns: Iterable[str], template: str | None) -> list[str]:
+        """The fields that are missing, of the set of which the fewest are."""
+        there = {*columns, *(self.asked if template is not None else ())}
+        return min(([field for field in fields if field not in there] for fields in self.needs), key=len)
+
+
+_SHAPES: dict[Format, _Shape] = {
+    "messages": _Shape((("messages",),), ("tools",), contents.messages),
+    "sharegpt": _Shape((("conversations",),), ("system", "tools"), contents.sharegpt),
+    "prompt": _Shape((("prompt", "completion"),), ("system", "tools"), contents.prompt, asked=("prompt",)),
+    "alpaca": _Shape(
+        (("instruction", "output"),), ("input", "system"), contents.alpaca, asked=("instruction", "input")
+    ),
+    "preference": _Shape((("chosen", "rejected"),), ("prompt", "system"), contents.preference),
+    "qa": _Shape(
+        (("context", "question", "answers"), ("context", "question", "answer")), ("answer_start",), contents.qa
+    ),
+    "tags": _Shape(tuple(("tokens", name) for name in contents.TAGS), (), contents.tags),
+    "labelled": _Shape(
+        tuple(tuple(name for name in (*pair, "label") if name) for pair in contents.PAIRS), (), contents.labelled
+    ),
+    "text": _Shape((("text",),), (), contents.text),
+}
 
 
 def read_rows(uri: str, reading: ReadingBlock = DETECTED) -> list[Row]:
@@ -78,38 +110,83 @@ def read_source(source: Source, reading: ReadingBlock = DETECTED) -> Iterator[Ro
 
 
 def detect(records: Iterable[Record], reading: ReadingBlock, name: str) -> Format:
-    """The format that `reading` names, or the one that the first records have. Raises DataError where they have none, or two."""
-    sample = [_fields(record.values, reading.columns) for record in islice(records, SAMPLE_RECORDS)]
-    columns = list(dict.fromkeys(column for fields in sample for column in fields))
-    wanted: Iterable[Format] = _SHAPES if reading.format == "auto" else (reading.format,)
-    fitting = [shape for shape in wanted if any(_SHAPES[shape].fits(fields) for fields in sample)]
-    if not fitting:
-        needs = [f"  {shape}: {_needed(_SHAPES[shape])}" for shape in wanted]
-        raise DataError(
-            "\n".join(
-                [f"{name}: no format has the columns {columns[:20]}. Name them by data.columns. Needed are:", *needs]
-            )
-        )
-    if len(fitting) > 1:
-        raise DataError(f"{name}: the rows fit the formats {' and '.join(fitting)}. Set data.format to one of them.")
-    return fitting[0]
+    """The format that `reading` names, or the one that the first records have: never "auto". `name` is for messages.
+
+    Raises DataError where no record has it, where they fit several, and for columns or a template that do not go with them.
+    """
+    sample = list(islice(records, SAMPLE_RECORDS))
+    seen = list(dict.fromkeys(column for record in sample for column in record.values))
+    if absent := sorted(set(reading.columns.values()) - set(seen)):
+        raise DataError(f"{name}: data.columns names {absent}, and the columns are {seen[:20]}.")
+    rows = [_filled(_fields(record.values, reading.columns)) for record in sample]
+    shape = _only_one(_fitting(rows, reading), rows, seen, reading, name)
+    if strange := sorted(set(reading.columns) - _SHAPES[shape].fields):
+        fields = ", ".join(sorted(_SHAPES[shape].fields))
+        raise DataError(f"{name}: data.columns has {strange}, and the format {shape} has the fields {fields}.")
+    if reading.template is not None:
+        templates.check(reading.template, {column for row in rows for column in row} | set(seen), name)
+    return shape
 
 
 def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Problem]:
     """What a record says in this format, or all that is wrong with it."""
-    problems: list[str] = []
-    own = _SHAPES[shape].fields
-    fields = {key: value for key, value in _fields(record.values, reading.columns).items() if key in own}
-    if not _SHAPES[shape].fits(fields):
-        missing = [field for field in _SHAPES[shape].needs[0] if field not in fields]
-        problems += [f"field '{field}' is missing. The row has {sorted(record.values)[:8]}." for field in missing]
-    else:
-        content = _SHAPES[shape].read(fields, problems)
-    if problems:
+    form, problems = _SHAPES[shape], list[str]()
+    own = form.fields
+    every = _fields(record.values, reading.columns)
+    fields = {key: value for key, value in every.items() if key in own}
+    if reading.template is not None:
+        asked = templates.fill(reading.template, {**record.values, **fields}, problems)
+        fields = {key: value for key, value in fields.items() if key not in form.asked}
+        fields[form.asked[0]] = asked
+    if missing := form.lacks(fields, None):
+        columns = sorted(record.values)[:8]
+        problems += [f"field '{field}' is missing. The row has the columns {columns}." for field in missing]
+    content = None if problems else form.read(fields, problems)
+    if problems or content is None:
         return [Problem(record.number, text, record.file) for text in problems]
     theirs = {reading.columns.get(field, field) for field in own}
     others = {key: value for key, value in record.values.items() if key not in theirs}
     return Row(record.number, content, others, record.file)
+
+
+def _fitting(rows: list[dict[str, Any]], reading: ReadingBlock) -> list[Format]:
+    """The formats that some of the rows have, of those that may be; not text, where another one is among them."""
+    named = tuple(_SHAPES) if reading.format == "auto" else (reading.format,)
+    if reading.template is not None:
+        named = tuple(shape for shape in named if _takes(reading.template, shape))
+    found = [shape for shape in named if any(not _SHAPES[shape].lacks(row, reading.template) for row in rows)]
+    return [shape for shape in found if shape != "text" or len(found) == 1]
+
+
+def _takes(template: str, shape: Format) -> bool:
+    return shape == "alpaca" if template == templates.ALPACA else bool(_SHAPES[shape].asked)
+
+
+def _only_one(
+    found: list[Format], rows: list[dict[str, Any]], seen: list[str], reading: ReadingBlock, name: str
+) -> Format:
+    """The format. Raises DataError that says what to set where there is none, or more than one."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        formats = " and ".join(found)
+        raise DataError(
+            f"{name}: the rows fit the formats {formats}. Set data.format to one of them, or split the file."
+        )
+    named = tuple(_SHAPES) if reading.format == "auto" else (reading.format,)
+    if reading.template is not None:
+        if not any(_takes(reading.template, shape) for shape in named):
+            raise DataError(f"{name}: data.template is for the formats prompt and alpaca, not for {reading.format}.")
+        named = tuple(shape for shape in named if _takes(reading.template, shape))
+    needs = [f"  {shape}: {' or '.join(' and '.join(fields) for fields in _SHAPES[shape].needs)}" for shape in named]
+    what = "no format" if reading.format == "auto" else f"not the format {reading.format}"
+    heading = f"{name}: the columns {seen[:20]} fit {what}. Say which is which by data.columns. Needed are:"
+    raise DataError("\n".join([heading, *needs]))
+
+
+def _filled(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without the nulls: a table has every column in every row."""
+    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _readable(source: Source) -> Iterator[Record]:
@@ -133,49 +210,5 @@ def _fields(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, 
     return {**{key: value for key, value in values.items() if key not in theirs}, **renamed}
 
 
-def _needed(shape: _Shape) -> str:
-    return " or ".join(" and ".join(fields) for fields in shape.needs)
-
-
 def _in(file: str) -> str:
     return f" ({file})" if file else ""
-
-
-def _messages(fields: Fields, problems: list[str]) -> Content:
-    return conversation(fields["messages"], "messages", problems, tools=fields.get("tools"))
-
-
-def _sharegpt(fields: Fields, problems: list[str]) -> Content:
-    system, tools = fields.get("system"), fields.get("tools")
-    return conversation(fields["conversations"], "conversations", problems, system=system, tools=tools)
-
-
-def _prompt(fields: Fields, problems: list[str]) -> Content:
-    asked = _turns_or_text(fields["prompt"], "prompt", "user", problems)
-    answered = _turns_or_text(fields["completion"], "completion", "assistant", problems)
-    return Conversation((*system_turn(fields.get("system"), problems), *asked, *answered))
-
-
-def _turns_or_text(value: Any, field: str, role: str, problems: list[str]) -> tuple[dict[str, Any], ...]:
-    if isinstance(value, list):
-        return read_turns(value, field, problems)
-    return ({"role": role, "content": read_text(value, field, problems)},)
-
-
-def _alpaca(fields: Fields, problems: list[str]) -> Content:
-    instruction = read_text(fields["instruction"], "instruction", problems)
-    given = fields.get("input")
-    if given is not None and not isinstance(given, str):
-        problems.append(f"input is {shown(given)}, wanted text.")
-    asked = f"{instruction}\n\n{given}" if given else instruction
-    output = read_text(fields["output"], "output", problems)
-    turns = ({"role": "user", "content": asked}, {"role": "assistant", "content": output})
-    return Conversation((*system_turn(fields.get("system"), problems), *turns))
-
-
-_SHAPES: dict[Format, _Shape] = {
-    "messages": _Shape((("messages",),), ("tools",), _messages),
-    "sharegpt": _Shape((("conversations",),), ("system", "tools"), _sharegpt),
-    "prompt": _Shape((("prompt", "completion"),), ("system",), _prompt),
-    "alpaca": _Shape((("instruction", "output"),), ("input", "system"), _alpaca),
-}

@@ -1,57 +1,92 @@
-"""Records from text: lines of JSON, a list of JSON objects, CSV. Bytes come in chunks; no more than a row is held.
+"""Records from text: JSON lines, a list of JSON objects, CSV. Text comes in chunks of bytes; no more than a row is held.
 
-Each kind is known by two functions: where its text can be cut, and what stands in a part of it. A row that cannot be read
-is a Problem in its place, and reading goes on with the next one.
+`begin` finds where a file can be cut, `read` what stands in a part of it. A row that cannot be read is a Problem in its
+place, and reading goes on with the next one. What is inside a row of JSON is in `json_rows.py`, and lists in `json_list.py`.
 """
 
 from __future__ import annotations
 
-import json
-import re
+import csv
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 from typing import Any
 
-from service.data.records import MAX_COLUMNS, MAX_DEPTH, MAX_ROW_BYTES, Mark, Piece, Record
+from service.data.json_list import elements, list_marks, rows_of_list
+from service.data.json_rows import decode, too_large
+from service.data.records import MAX_ROW_BYTES, Mark, Piece, Record, check_columns
 from service.data.rows import Problem
+from service.errors import DataError
 
-_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _BOM = b"\xef\xbb\xbf"
+_OTHERS = {  # how files begin that are no text, and what to do with them
+    b"PAR1": "is a Parquet file. Name it .parquet",
+    b"ARROW1": "is an Arrow file. Name it .arrow",
+    b"\x1f\x8b": "is a gzip file. Add .gz to its name",
+    b"\x28\xb5\x2f\xfd": "is a zstd file. Add .zst to its name",
+    b"PK\x03\x04": "is a zip or Excel file. Unpack it, or save it as CSV",
+    b"\xff\xfe": "is UTF-16 or UTF-32. Save it as UTF-8",
+    b"\xfe\xff": "is UTF-16. Save it as UTF-8",
+}
+
+csv.field_size_limit(MAX_ROW_BYTES)  # of the process, which has no other use of it; 128 KiB is too small for a text
 
 
-def marks(chunks: Iterable[bytes], whole: Piece) -> Iterator[Mark]:
-    """Where the text of a file can be cut: behind some of its rows, and behind the last. None: it holds no row."""
-    yield from _line_marks(chunks)
+def begin(chunks: Iterator[bytes], whole: Piece) -> tuple[Piece, Iterator[Mark]]:
+    """The file with what its head says (kind, columns, where the rows start), and where it can be cut; no mark: no row."""
+    first = next(chunks, b"")
+    _check_text(first, whole.uri)
+    text = chain([first], chunks)
+    if whole.kind in ("csv", "tsv"):
+        return _begin_csv(text, whole)
+    rows = rows_of_list(first, whole) if whole.kind == "json" else None
+    if rows:
+        return rows, list_marks(text, rows)
+    start = len(_BOM) if first.startswith(_BOM) else 0
+    return replace(whole, kind="jsonl", start=start), _line_marks(text)
 
 
 def read(chunks: Iterable[bytes], piece: Piece) -> Iterator[Record | Problem]:
     """The records in the text of a piece."""
-    for number, line in enumerate(_lines(chunks), piece.first):
+    kinds = {"jsonl": _json_lines, "json": _json_elements}
+    rows = kinds[piece.kind](chunks) if piece.kind in kinds else _csv_rows(chunks, piece)
+    for number, row in enumerate(rows, piece.first):
+        if isinstance(row, str):
+            yield Problem(number, row, piece.file)
+        elif row is not None:
+            yield Record(number, row, piece.file)
+
+
+Values = dict[str, Any] | str | None  # of a row; or why it has none; or that it is a blank line
+
+
+def _json_lines(chunks: Iterable[bytes]) -> Iterator[Values]:
+    for line in split_lines(chunks):
         if isinstance(line, int):
-            yield Problem(number, _too_large(line), piece.file)
-            continue
-        text = line.removeprefix(_BOM) if piece.start == 0 and number == piece.first else line
-        if not text or text.isspace():
-            continue
-        row = _decoded(text)
-        yield Problem(number, row, piece.file) if isinstance(row, str) else Record(number, row, piece.file)
+            yield too_large(line)
+        else:
+            yield decode(line) if line and not line.isspace() else None
 
 
-def _line_marks(chunks: Iterable[bytes]) -> Iterator[Mark]:
-    """Behind the last line that ends in a chunk."""
-    size = rows = 0
-    last, blank = b"", True
-    for chunk in chunks:
-        blank = blank and not chunk.removeprefix(_BOM).strip()
-        if (end := chunk.rfind(b"\n") + 1) and not blank:
-            yield Mark(size + end, rows + chunk.count(b"\n"), size + end)
-        rows += chunk.count(b"\n")
-        size += len(chunk)
-        last = chunk
-    if not blank and not last.endswith(b"\n"):
-        yield Mark(size, rows + 1, size)
+def _json_elements(chunks: Iterable[bytes]) -> Iterator[Values]:
+    for element, _ in elements(chunks):
+        yield too_large(element) if isinstance(element, int) else decode(element)
 
 
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | int]:
+def _csv_rows(chunks: Iterable[bytes], piece: Piece) -> Iterator[Values]:
+    columns = piece.columns
+    for row in _Csv(chunks, piece.kind).rows():
+        if isinstance(row, str):
+            yield row
+        elif len(row) != len(columns):
+            yield f"has {len(row)} cells, and the heading has {len(columns)}. Quote cells that hold separators or newlines."
+        elif (broken := _broken_cell(row)) is not None:
+            yield f"{columns[broken]} is no UTF-8. Save the file as UTF-8."
+        else:
+            yield dict(zip(columns, row, strict=True))
+
+
+def split_lines(chunks: Iterable[bytes]) -> Iterator[bytes | int]:
     """Lines without their end. Of one that is longer than MAX_ROW_BYTES only its length, and it is never held."""
     rest, lost = b"", 0
     for chunk in chunks:
@@ -66,66 +101,96 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes | int]:
         yield lost or rest
 
 
-def _decoded(line: bytes) -> dict[str, Any] | str:
-    """The object that stands in a row, or why there is none."""
-    try:
-        row = _JSON.decode(line.decode())
-    except UnicodeDecodeError as error:
-        return f"byte {error.start} of the row is no UTF-8 ({error.reason}). Save the file as UTF-8."
-    except RecursionError:
-        return _too_deep()
-    except ValueError as error:
-        return f"no valid JSON: {error}. One JSON object a line."
-    if not isinstance(row, dict):
-        return f"a JSON {type(row).__name__}, wanted an object: its columns and their values."
-    if len(row) > MAX_COLUMNS:
-        return f"has {len(row)} columns, and a row has at most {MAX_COLUMNS}. Put long lists into one column."
-    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _is_deep(row):
-        return _too_deep()
-    if b"\\u" in line and (field := _lone_surrogate(row)):
-        return f"{field} has a lone surrogate, which is no text. Re-encode the row."
-    return row
+def _line_marks(chunks: Iterable[bytes]) -> Iterator[Mark]:
+    """Behind the last line that ends in a chunk."""
+    size = rows = 0
+    last, blank = b"", True
+    for last in chunks:
+        blank = blank and not last.removeprefix(_BOM).strip()
+        if (end := last.rfind(b"\n") + 1) and not blank:
+            yield Mark(size + end, rows + last.count(b"\n"), size + end)
+        rows += last.count(b"\n")
+        size += len(last)
+    if not blank and not last.endswith(b"\n"):
+        yield Mark(size, rows + 1, size)
 
 
-def _too_large(num_bytes: int) -> str:
-    return f"has {num_bytes:,} bytes, and a row has at most {MAX_ROW_BYTES:,}. Is every row on a line of its own?"
+def _begin_csv(chunks: Iterable[bytes], whole: Piece) -> tuple[Piece, Iterator[Mark]]:
+    table = _Csv(chunks, whole.kind)
+    heading = next(table.rows(), [])
+    if isinstance(heading, str) or _broken_cell(heading) is not None:
+        raise DataError(f"{whole.uri}: the heading {heading if isinstance(heading, str) else 'is no UTF-8.'}")
+    columns = tuple(name.removeprefix("\ufeff") for name in heading)
+    check_columns(columns, whole.uri)
+    return replace(whole, columns=columns, start=table.offset), _csv_marks(table)
 
 
-def _too_deep() -> str:
-    return f"has lists or objects more than {MAX_DEPTH} deep inside each other. Flatten the row."
+def _csv_marks(table: _Csv) -> Iterator[Mark]:
+    for number, _ in enumerate(table.rows(), 1):
+        yield Mark(table.offset, number, table.offset)
 
 
-def _is_deep(row: dict[str, Any]) -> bool:
-    level: list[Any] = [row]
-    for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
-        level = [value for value in level if isinstance(value, dict | list)]
-    return bool(level)
+class _Csv:
+    """The rows of CSV text, and how far it was read. A row has several lines where a quoted cell has."""
+
+    def __init__(self, chunks: Iterable[bytes], kind: str) -> None:
+        self.offset = 0  # bytes of the rows so far; with the last line's end, whether it is there or not
+        self._row_bytes = 0
+        self._lines = split_lines(chunks)
+        self._reader = csv.reader(self, delimiter="\t" if kind == "tsv" else ",", strict=True)
+
+    def rows(self) -> Iterator[list[str] | str]:
+        """Cells, or why there are none. Blank lines are no rows. Bytes that are no UTF-8 stand as surrogates."""
+        while True:
+            self._row_bytes = 0
+            try:
+                row = next(self._reader)
+            except StopIteration:
+                return
+            except _TooLargeError:
+                yield too_large(self._row_bytes)
+            except csv.Error as error:
+                yield f"is no valid CSV: {error}. Quote cells that hold quotes, and double those."
+            else:
+                if row:
+                    yield row
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """The next line, for csv.reader."""
+        line = next(self._lines)
+        size = 1 + (line if isinstance(line, int) else len(line))
+        self.offset += size
+        self._row_bytes += size
+        if isinstance(line, int) or self._row_bytes > MAX_ROW_BYTES:
+            raise _TooLargeError
+        return line.decode("utf-8", "surrogateescape") + "\n"
 
 
-def _lone_surrogate(row: dict[str, Any]) -> str | None:
-    """The column in which there is one, in a key or in a value."""
-    return next((key for key in row if _LONE_SURROGATE.search(json.dumps([key, row[key]], ensure_ascii=False))), None)
+class _TooLargeError(Exception):
+    """A row has more than MAX_ROW_BYTES."""
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {json.dumps(twice)} stands twice")
-    return row
+def _broken_cell(row: list[str]) -> int | None:
+    """The first cell with bytes that are no UTF-8."""
+    for index, cell in enumerate(row):
+        if not cell.isascii() and any("\udc80" <= char <= "\udcff" for char in cell):
+            return index
+    return None
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
-
-
-def _finite(digits: str) -> float:
-    value = float(digits)
-    if value in (float("inf"), float("-inf")):
-        raise ValueError(f"{digits} is larger than any float")
-    return value
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_float=_finite)
+def _check_text(first: bytes, uri: str) -> None:
+    """DataError where a file begins as no text does."""
+    for magic, what in _OTHERS.items():
+        if first.startswith(magic):
+            raise DataError(f"{uri} {what}.")
+    if b"\0" in first:
+        wide = first.count(b"\0") > len(first) // 4
+        what = (
+            "is UTF-16 or UTF-32. Save it as UTF-8"
+            if wide
+            else "is a binary file, and text was wanted. Is it the right one"
+        )
+        raise DataError(f"{uri}: byte {first.index(0)} is 0, so it {what}.")

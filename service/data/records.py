@@ -1,16 +1,20 @@
 """What comes out of a file before it has a meaning: records, and the parts of a file that can be read alone.
 
-Values and limits only. `lines.py` reads them from text, `tables.py` from Parquet and Arrow, `files.py` finds the files;
-`formats.py` says what a record means.
+Values and limits only. `lines.py` reads them from text, `tables.py` from Parquet and Arrow, `hub.py` from a hub;
+`files.py` finds the files, `formats.py` says what a record means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from service.errors import DataError
+
 Kind = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow", "hub"]
+Compression = Literal["", "gzip", "zstd"]
 
 MAX_ROW_BYTES = 16 * 2**20  # of one row as it is written: 4 million tokens of text
 MAX_COLUMNS = 10_000  # of one row
@@ -38,7 +42,7 @@ class Piece:
     kind: Kind
     file_bytes: int  # when it was opened: a file that has another size by now is another file
     file: str = ""  # its name in a directory
-    compression: Literal["", "gzip", "zstd"] = ""
+    compression: Compression = ""
     columns: tuple[str, ...] = ()  # the heading of a CSV file
     first: int = 1  # number of its first row
     start: int = 0
@@ -54,8 +58,8 @@ class Mark:
     num_bytes: int
 
 
-def cut(whole: Piece, marks: Iterable[Mark]) -> tuple[list[Piece], int]:
-    """Pieces of at least PIECE_BYTES up to the last mark, and all rows. What is compressed stays whole: it cannot be sought."""
+def cut(whole: Piece, marks: Iterable[Mark]) -> tuple[list[Piece], int, int]:
+    """Pieces of at least PIECE_BYTES, and the rows and bytes of all. What is compressed stays whole: it cannot be sought."""
     pieces: list[Piece] = []
     begin = end = Mark(whole.start, 0, 0)
     for end in marks:
@@ -64,7 +68,18 @@ def cut(whole: Piece, marks: Iterable[Mark]) -> tuple[list[Piece], int]:
             begin = end
     if end.rows > begin.rows:
         pieces.append(_between(whole, begin, end))
-    return pieces, end.rows
+    return pieces, end.rows, end.num_bytes
+
+
+def check_columns(columns: Sequence[str], uri: str) -> None:
+    """DataError where a table has too many columns, or two of one name."""
+    if len(columns) > MAX_COLUMNS:
+        raise DataError(
+            f"{uri} has {len(columns):,} columns, and a table has at most {MAX_COLUMNS:,}. Is it transposed?"
+        )
+    twice = sorted({name for name, times in Counter(columns).items() if times > 1})
+    if twice:
+        raise DataError(f"{uri} has more than one column of the name(s) {twice[:8]}. Rename or remove them.")
 
 
 def _between(whole: Piece, begin: Mark, end: Mark) -> Piece:

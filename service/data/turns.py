@@ -7,6 +7,7 @@ one list. Every function adds a line to `problems` for each mistake, and goes on
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ _SPEAKERS = {
     "observation": "tool",
     "function_response": "tool",
 }
+_LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 _KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "weight", "train"}
 _SHAREGPT_KEYS = {"from", "value", "weight", "train"}
 
@@ -33,7 +35,7 @@ def conversation(turns: Any, field: str, problems: list[str], *, system: Any = N
     found = len(problems)
     messages = [*system_turn(system, problems), *read_turns(turns, field, problems)]
     if len(problems) == found:
-        problems += _order_problems(messages, field)
+        problems += order_problems(messages, field)
     return Conversation(tuple(messages), read_tools(tools, problems))
 
 
@@ -52,6 +54,8 @@ def read_text(value: Any, field: str, problems: list[str], *, may_be_empty: bool
         problems.append(f"{field} is {shown(value)}, wanted text.")
     elif not may_be_empty and not value.strip():
         problems.append(f"{field} is empty.")
+    elif not value.isascii() and _LONE_SURROGATE.search(value):
+        problems.append(f"{field} has a lone surrogate, which is no text. Re-encode the row.")
     return str(value)
 
 
@@ -73,23 +77,7 @@ def system_turn(system: Any, problems: list[str]) -> tuple[Message, ...]:
     return ({"role": "system", "content": read_text(system, "system", problems)},)
 
 
-def decoded(value: Any) -> Any:
-    """The list or object that a cell of a table holds as JSON text; any other value as it is."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def shown(value: Any) -> str:
-    """A value for a message, cut to 60 characters."""
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _order_problems(messages: list[Message], field: str) -> list[str]:
+def order_problems(messages: list[Message], field: str) -> list[str]:
     """What the order of whole messages lacks."""
     if messages[-1]["role"] != "assistant":
         return [f"the last message has the role {messages[-1]['role']!r}, wanted assistant: the answer to learn."]
@@ -111,6 +99,22 @@ def _order_problems(messages: list[Message], field: str) -> list[str]:
                     f"{field}[{index}].tool_call_id is {shown(call)}, wanted one of {sorted(map(str, calls))}."
                 )
     return problems
+
+
+def decoded(value: Any) -> Any:
+    """The list or object that a cell of a table holds as JSON text; any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut to 60 characters."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _turn(turn: Any, field: str, problems: list[str]) -> Message:

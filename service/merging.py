@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from service.base_models import BaseModel, companion_files, resolve_base_model
 from service.config import LoraBlock, QloraBlock, RunConfig
-from service.data import prepare
+from service.data import shards
 from service.data.formats import read_rows
 from service.data.rendered import examples_of, renderer_for
 from service.domain import BaseBits, Manifest, ManifestDraft, MergeRecord, ModelRef
@@ -131,7 +131,7 @@ def _rows(manifest: Manifest, settings: Settings, renderer: Renderer, data: str 
     try:
         details = Run.open(settings.home, manifest.run).status().details
         split = "evaluation" if details.get("eval_digest") else "training"
-        prepared = prepare.load(
+        prepared = shards.load(
             details.get("eval_digest") or details["train_digest"], home=settings.home, cache=settings.cache
         )
     except (NotFoundError, KeyError):

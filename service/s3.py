@@ -77,6 +77,13 @@ def read_tagged(uri: str) -> tuple[bytes, str]:
         return content
 
 
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """So many of the object's bytes from `start` on."""
+    with _reported(uri, "read"):
+        content: bytes = _sync(_get, uri, Range=f"bytes={start}-{start + length - 1}")[0]
+    return content
+
+
 def read_chunks(uri: str, num_bytes: int) -> Iterator[bytes]:
     """The object's first so many bytes in pieces; ConflictError if another takes its place meanwhile."""
     etag, size = (_facts(uri)[fact] for fact in ("ETag", "ContentLength"))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from service.config import ResolvedRun, leaves
-from service.data.prepare import DataCard
+from service.data.shards import DataCard
 from service.training.plan import RunPlan
 
 
@@ -16,20 +16,29 @@ def plan_tables(resolved: ResolvedRun, plan: RunPlan) -> list[Table]:
     config = Table("field", "value", "source", title="config")
     for name, value in leaves(resolved.config.model_dump(mode="json", by_alias=True)):
         config.add_row(name, str(value), resolved.sources[name])
-    data = Table("data", "rows", "examples", "tokens", "trained on", "longest", "dropped", title="data")
-    for card in (plan.train, plan.eval):
+    data = Table("data", "rows", "examples", "tokens", "trained on", "longest", "left out", title="data")
+    for side, card in (("train", plan.train), ("eval", plan.eval), ("test", plan.test)):
         if card:
-            data.add_row(*_data_row(card))
+            data.add_row(*_data_row(side, card))
     figures = Table("figure", "value", title="run")
     for name, shown in _figures(plan):
         figures.add_row(name, shown)
     return [config, data, figures, *_memory(plan), *_advice(plan)]
 
 
-def _data_row(card: DataCard) -> list[str]:
+def _data_row(side: str, card: DataCard) -> list[str]:
     trained = f"{card.supervised_tokens:,} ({card.supervised_share:.0%})"
     counts = [f"{card.rows:,}", f"{card.examples:,}", f"{card.tokens:,}", trained, str(card.longest)]
-    return [card.source, *counts, str(card.rows_dropped)]
+    return [f"{side}: {card.source}", *counts, _left_out(card)]
+
+
+def _left_out(card: DataCard) -> str:
+    """What is not trained on of the rows, and what is added to them, in words."""
+    parts = [f"{number:,} {why}" for why, number in card.rows_filtered.items()]
+    parts += [f"{card.rows_dropped:,} too long"] if card.rows_dropped else []
+    parts += [f"{card.rows_truncated:,} lost their end"] if card.rows_truncated else []
+    parts += [f"{card.rows_copied:,} changed copies added"] if card.rows_copied else []
+    return ", ".join(parts) or "0"
 
 
 def _figures(plan: RunPlan) -> Iterator[tuple[str, str]]:

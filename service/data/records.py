@@ -19,7 +19,7 @@ Compression = Literal["", "gzip", "zstd"]
 MAX_ROW_BYTES = 16 * 2**20  # of one row as it is written: 4 million tokens of text
 MAX_COLUMNS = 10_000  # of one row
 MAX_DEPTH = 64  # of lists and objects inside each other
-PIECE_BYTES = 32 * 2**20  # a piece ends with the first row after so many
+PIECE_BYTES = 8 * 2**20  # a piece ends with the first row after so many: to tokenise it takes a worker some ten seconds
 
 
 @dataclass(frozen=True)

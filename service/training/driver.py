@@ -31,7 +31,7 @@ from service.runs import Run, list_runs
 from service.settings import Settings
 from service.training.attempts import train_to_the_end
 from service.training.loop import TrainJob, TrainResult
-from service.training.plan import RunPlan, make_run_plan
+from service.training.plan import Digests, RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
@@ -100,10 +100,12 @@ def _train_and_finish(
     )
 
 
-def _digests(resume: Run | None) -> tuple[str, str | None] | None:
+def _digests(resume: Run | None) -> Digests | None:
     """The prepared data of a run that goes on: its source files may have moved, or never have been on this machine."""
     details = resume.status().details if resume else {}
-    return (details["train_digest"], details["eval_digest"]) if "train_digest" in details else None
+    if "train_digest" not in details:
+        return None
+    return details["train_digest"], details["eval_digest"], details.get("test_digest")
 
 
 def run_name(resolved: ResolvedRun) -> str:
@@ -144,7 +146,8 @@ def _begin(run: Run, plan: RunPlan) -> int:
     """Mark the run as running here; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
     here: dict[str, Any] = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
-    data: dict[str, Any] = {"train_digest": plan.train.digest, "eval_digest": plan.eval.digest if plan.eval else None}
+    cards = {"train": plan.train, "eval": plan.eval, "test": plan.test}
+    data: dict[str, Any] = {f"{side}_digest": card.digest if card else None for side, card in cards.items()}
     run.set_state(RunState.RUNNING, attempt=attempt, num_steps=plan.num_steps, **here, **data)
     run.clear_stop()
     return attempt

@@ -27,16 +27,20 @@ import torch
 
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
-from service.data import prepare
+from service.data import shards
+from service.data.planner import Rows
+from service.data.shards import TokenRows
 from service.errors import LorayError, ModelError, NotFoundError, StorageError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
 from service.training import handover, methods, optim, start_checks, strategy
-from service.training.batches import Batches, MicroBatch, make_plan, micro_sequences
+from service.training.batches import Batches, make_plan, micro_sequences
 from service.training.checkpoint import Identity
 from service.training.gate import GateReport
 from service.training.keeper import Keeper
+from service.training.loader import Loader
 from service.training.objectives.sft import SupervisedLoss
+from service.training.patience import Patience
 from service.training.profiling import profiler
 from service.training.ranklog import RankLog
 from service.training.strategy import World
@@ -145,9 +149,9 @@ class _Session:
         self.events.append({"time": time.time(), "kind": "worker", "text": where, "place": world.place})
         cache = Path(job.cache)
         base = _verified_base(job, cache)
-        self.rows = prepare.load(job.train_digest, home=job.home, cache=cache)
-        self.eval_rows = prepare.load(job.eval_digest, home=job.home, cache=cache) if job.eval_digest else None
-        self.plan = make_plan(config, self.rows.lengths)
+        self.rows = shards.load(job.train_digest, home=job.home, cache=cache)
+        self.eval_rows = shards.load(job.eval_digest, home=job.home, cache=cache) if job.eval_digest else None
+        self.plan = make_plan(config, self.rows)
         micro = job.micro or self._micro(packed=True)
         self.batches = Batches(config, world, np.argsort(-self.rows.lengths, kind="stable"), micro)
         self.watch.moved("loading the model")
@@ -166,7 +170,10 @@ class _Session:
         step = self._start()
         last = self._metrics_of(step)
         stopped: str | None = None
-        with profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile:
+        with (
+            profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile,
+            self._loader(self.plan.rows, self.plan.num_steps, self.rows) as self.loader,
+        ):
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
@@ -207,6 +214,10 @@ class _Session:
             self._log(0, self._evaluate())
         return step
 
+    def _loader(self, rows_of: Callable[[int], Rows], num_steps: int, source: TokenRows) -> Loader:
+        patience = Patience(self.config.checkpoint.retry_s, "reading data", self._event)
+        return Loader(rows_of, num_steps, self.batches, source, patience, fillers=self.strategy.equal_rounds)
+
     def _micro(self, *, packed: bool) -> int:
         gpu = self.world.device.type == "cuda"
         return micro_sequences(self.config, self.rows.lengths, self.world.size, packed=packed, gpu=gpu)
@@ -230,9 +241,8 @@ class _Session:
         long, or overflown in float16, whose loss scale is smaller now.
         """
         started = time.monotonic()
-        rows = self.plan.rows(step)
-        batches = self.batches.of(rows, self.rows)
-        mine = self.batches.mine(batches, self.rows)
+        share = self.loader.begin(step)
+        rows, batches, mine = share.rows, share.batches, share.mine
         supervised = int(self.rows.supervised[rows].sum())
         self.strategy.begin(supervised)
         loss_sum = 0.0
@@ -243,12 +253,13 @@ class _Session:
             self.watch.moved(f"step {step + 1}, micro-batch {turn + 1} of {len(mine)}")
             last = turn == len(mine) - 1
             if index is None:
-                self._filler(batches, last)
+                self._filler(last)
                 continue
             torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
             with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
+                batch = self.loader.take()
                 with self.batches.compute():
-                    loss = self.objective(self.batches.tensors(batches[index], self.rows))
+                    loss = self.objective(batch)
                 value = float(loss.item())
                 suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
                 self.strategy.backward(loss, last=last)
@@ -263,12 +274,14 @@ class _Session:
         self._demand_finite(step, "gradient norm", update.grad_norm, suspects or rows)
         drawn = [int(self.rows.row_numbers[row]) for i in mine if i is not None for pack in batches[i] for row in pack]
         self.ledger.append({"step": step + 1, "ids": drawn})
-        self.step_seconds = self.world.from_first(int(1000 * (time.monotonic() - started))) / 1000
+        seconds = time.monotonic() - started
+        self.step_seconds = self.world.from_first(int(1000 * seconds)) / 1000
         metrics = {
             "train/loss": sums.loss,
             "train/grad_norm": update.grad_norm,
             "train/supervised_tokens": float(supervised),
-            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / (time.monotonic() - started),
+            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / seconds,
+            "train/data_wait_share": self.loader.waited_s / seconds,
             "optim/lr": rate,
             "train/epoch": (step + 1) / self.plan.steps_per_epoch,
             "memory/peak_bytes": float(_peak_bytes(self.world.device)),
@@ -277,12 +290,13 @@ class _Session:
             metrics["optim/loss_scale"] = update.loss_scale
         return metrics, sums.stop
 
-    def _filler(self, batches: list[MicroBatch], last: bool) -> None:
+    def _filler(self, last: bool) -> None:
         """A turn of a worker that has fewer micro-batches than another: where collectives must be equal, one of weight 0."""
+        batch = self.loader.take()
         if not self.strategy.equal_rounds:
             return
         with self.batches.compute():
-            loss = self.objective(self.batches.tensors(batches[0], self.rows))
+            loss = self.objective(batch)
         self.strategy.backward(loss * 0.0, last=last)
 
     def _agree_to_stop(self, turn: int, turns: int) -> bool:
@@ -299,10 +313,8 @@ class _Session:
     def _demand_finite(self, step: int, what: str, value: float, rows: Sequence[int] | npt.NDArray[np.int64]) -> None:
         if math.isfinite(value):
             return
-        numbers = sorted({int(self.rows.row_numbers[row]) for row in rows})
-        shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
         raise TrainingError(
-            f"step {step + 1}: {what} {value}, among rows [{shown}] of {self.rows.card.source}. "
+            f"step {step + 1}: {what} {value}, among rows {self.rows.card.where(self.rows.row_numbers[rows].tolist())}. "
             "Lower optim.lr, or look at these rows; the last checkpoint is from before."
         )
 
@@ -311,18 +323,19 @@ class _Session:
         """Held-out loss in nats per supervised token, over all rows, shared between the workers."""
         if self.eval_rows is None:
             return {}
-        batches = self.batches.of(range(len(self.eval_rows)), self.eval_rows)
-        mine = self.batches.mine(batches, self.eval_rows)
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.eval()
-        for turn, index in enumerate(mine):
-            self.watch.moved(f"evaluation, micro-batch {turn + 1} of {len(mine)}")
-            if index is None and not self.strategy.equal_rounds:
-                continue
-            with self.batches.compute():
-                log_probs = self.objective.log_probs(self.batches.tensors(batches[index or 0], self.eval_rows))
-            if index is not None:
-                total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
+        all_rows = range(len(self.eval_rows))
+        with self._loader(lambda _: all_rows, 1, self.eval_rows) as loader:
+            mine = loader.begin(0).mine
+            for turn, index in enumerate(mine):
+                self.watch.moved(f"evaluation, micro-batch {turn + 1} of {len(mine)}")
+                if (batch := loader.take()) is None:
+                    continue
+                with self.batches.compute():
+                    log_probs = self.objective.log_probs(batch)
+                if index is not None:
+                    total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
         self.model.train()
         nats, tokens = self.world.add_up(total).tolist()
         loss = nats / tokens

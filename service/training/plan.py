@@ -18,9 +18,10 @@ import torch
 
 from service.base_models import BaseModel, resolve_base_model
 from service.config import ResolvedRun, RunConfig
-from service.data import prepare
-from service.data.prepare import DataCard, TokenRows
+from service.data import shards
+from service.data.prepare import Prepared, prepare_run
 from service.data.rendered import renderer_for
+from service.data.shards import DataCard, TokenRows
 from service.domain import RunState
 from service.errors import NotFoundError
 from service.runs import list_runs
@@ -35,6 +36,9 @@ from service.training.strategy import World
 
 LOOKED_AT_STEPS = 2000  # for the largest micro-batch, evenly over the run: more than that only repeat
 EARLIER_RUNS = 20  # the newest, among which one like this is looked for
+
+
+Digests = tuple[str, str | None, str | None]  # of the prepared data to train, to evaluate and to test on
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class RunPlan:
     base: BaseModel
     train: DataCard
     eval: DataCard | None
+    test: DataCard | None
     num_steps: int
     steps_per_epoch: int
     micro: int  # sequences of a micro-batch at most
@@ -75,19 +80,20 @@ class RunPlan:
         }
 
 
-def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str, str | None] | None = None) -> RunPlan:
+def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: Digests | None = None) -> RunPlan:
     """Resolve the base, prepare the data (cached by content), count. Raises ConfigError, DataError, ModelError.
 
-    `digests` of the training and evaluation data, as prepared before, stand in for the source files of a resumed run.
+    `digests` of the data as prepared before stand in for the source files of a resumed run.
     """
     config = resolved.config
     base = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
     architecture = meta_base(base.path).config
     compatibility.refuse(config, architecture)
-    train, held_out = _prepared_before(digests, settings) if digests else _prepared(config, base, settings)
-    rows = prepare.load(train.digest, home=settings.home, cache=settings.cache)
-    steps = make_plan(config, rows.lengths)
-    longest = max(train.longest, held_out.longest if held_out else 0)
+    data = _prepared_before(digests, settings) if digests else _prepared(config, base, settings)
+    train, held_out = data.train, data.eval
+    rows = shards.load(train.digest, home=settings.home, cache=settings.cache)
+    steps = make_plan(config, rows)
+    longest = max(card.longest for card in (train, held_out, data.test) if card)
     compatibility.refuse_steps(config, steps.num_steps, longest, architecture)
     skeleton = methods.skeleton(base.path, config)
     trainable_bytes, frozen_bytes = methods.weight_bytes(skeleton, config)
@@ -96,6 +102,7 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str,
         base=base,
         train=train,
         eval=held_out,
+        test=data.test,
         num_steps=steps.num_steps,
         steps_per_epoch=steps.steps_per_epoch,
         micro=micro_sequences(config, rows.lengths, config.scale.max_workers, gpu=torch.cuda.is_available()),
@@ -111,8 +118,8 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str,
 def detailed(plan: RunPlan, resolved: ResolvedRun, settings: Settings, *, probe: bool) -> RunPlan:
     """The plan with memory, time and advice. `probe`: two steps are really made, in a process of its own."""
     config = resolved.config
-    rows = prepare.load(plan.train.digest, home=settings.home, cache=settings.cache)
-    held_out = prepare.load(plan.eval.digest, home=settings.home, cache=settings.cache) if plan.eval else None
+    rows = shards.load(plan.train.digest, home=settings.home, cache=settings.cache)
+    held_out = shards.load(plan.eval.digest, home=settings.home, cache=settings.cache) if plan.eval else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = plan_memory(config, plan.base.path, _work(config, rows, device), device)
     probed = _probe(config, plan, settings) if probe else None
@@ -120,25 +127,19 @@ def detailed(plan: RunPlan, resolved: ResolvedRun, settings: Settings, *, probe:
     return replace(plan, memory=memory, probe=probed, time=time, advice=tuple(_advice(config, plan, memory)))
 
 
-def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> tuple[DataCard, DataCard | None]:
-    data, renderer = config.data, renderer_for(config, base.path)
-
-    def prepared(uri: str) -> DataCard:
-        return prepare.prepare(uri, renderer, home=settings.home, seq_len=data.seq_len, over_long=data.over_long)
-
-    return prepared(data.train), prepared(data.eval) if data.eval else None
+def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> Prepared:
+    return prepare_run(config, renderer_for(config, base.path), home=settings.home)
 
 
-def _prepared_before(digests: tuple[str, str | None], settings: Settings) -> tuple[DataCard, DataCard | None]:
-    train, held_out = digests
-    card = prepare.find(train, home=settings.home)
-    return card, prepare.find(held_out, home=settings.home) if held_out else None
+def _prepared_before(digests: Digests, settings: Settings) -> Prepared:
+    held_out = (shards.find(digest, home=settings.home) if digest else None for digest in digests[1:])
+    return Prepared(shards.find(digests[0], home=settings.home), *held_out)
 
 
 def _work(config: RunConfig, rows: TokenRows, device: torch.device) -> Work:
     """The largest micro-batch of the run, and whatever else decides how much of it is in memory at once."""
     workers = config.scale.min_workers  # with the fewest, each has the most
-    steps = make_plan(config, rows.lengths)
+    steps = make_plan(config, rows)
     micro = micro_sequences(config, rows.lengths, workers, gpu=device.type == "cuda")
     batches = Batches(config, World(0, workers, device), np.argsort(-rows.lengths, kind="stable"), micro)
     batches.capacity = config.data.seq_len if config.data.pack == "auto" else None

@@ -206,7 +206,7 @@ class Renderer:
                 given, list(tools) or None, tokenize=False, add_generation_prompt=opening
             )
         except (TemplateError, TypeError) as error:  # a TypeError is the template's: a text where it wants a list
-            raise DataError(f"the chat template refuses these messages: {error}") from None
+            raise DataError(f"the chat template refuses these messages: {str(error)!r}") from None
         return str(text)
 
     def _tokenised(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:

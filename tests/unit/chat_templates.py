@@ -88,7 +88,9 @@ def with_merges(template: str) -> Renderer:
     """Byte-level BPE learnt from our licence, cut into words as GPT-2 does: tokens reach across line ends and spaces."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    inner.train_from_iterator([_sample()], trainers.BpeTrainer(vocab_size=600, show_progress=False, **_BYTES))
+    every_byte = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, show_progress=False, initial_alphabet=every_byte)
+    inner.train_from_iterator([_sample()], trainer)
     return _finished(inner, template)
 
 
@@ -106,9 +108,6 @@ def sentencepiece(template: str, *, legacy: bool) -> Renderer:
     lines = [f"{line}\n" for line in _sample().splitlines()]
     inner.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=600, show_progress=False, special_tokens=[UNKNOWN]))
     return _finished(inner, template)
-
-
-_BYTES = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
 
 
 def _sample() -> str:

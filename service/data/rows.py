@@ -98,6 +98,12 @@ class Row:
         assert isinstance(self.content, Conversation), "only a conversation has turns"
         return self.content.messages
 
+    @property
+    def tools(self) -> tuple[Mapping[str, Any], ...]:
+        """What the assistant of a conversation may call. Only of a conversation."""
+        assert isinstance(self.content, Conversation), "only a conversation has tools"
+        return self.content.tools
+
     def prompt(self) -> tuple[Message, ...]:
         """All messages before the last assistant's turn."""
         return self.messages[: self._last_answer()]

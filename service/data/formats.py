@@ -19,7 +19,7 @@ set, `data.format`. `data.columns` says which column is which field; columns tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -34,7 +34,7 @@ from service.data.rows import Content, Conversation, Problem, Row
 from service.errors import DataError
 
 MAX_PROBLEMS_SHOWN = 20
-SAMPLE_RECORDS = 64  # by which a format is detected
+SAMPLE_RECORDS = 1000  # by which a format is detected; of each only the columns are kept
 DETECTED = ReadingBlock()
 
 
@@ -54,9 +54,8 @@ class _Shape:
     def fields(self) -> frozenset[str]:
         return frozenset(field for fields in (*self.needs, self.takes) for field in fields)
 
-    def lacks(self, columns: Iterable[str], template: str | None) -> list[str]:
+    def lacks(self, there: Container[str]) -> list[str]:
         """The fields that are missing, of the set of which the fewest are."""
-        there = {*columns, *(self.asked if template is not None else ())}
         return min(([field for field in fields if field not in there] for fields in self.needs), key=len)
 
 
@@ -114,17 +113,21 @@ def detect(records: Iterable[Record], reading: ReadingBlock, name: str) -> Forma
 
     Raises DataError where no record has it, where they fit several, and for columns or a template that do not go with them.
     """
-    sample = list(islice(records, SAMPLE_RECORDS))
-    seen = list(dict.fromkeys(column for record in sample for column in record.values))
+    possible = _possible(reading, name)
+    rows: list[set[str]] = []  # of each record the columns that have a value, by our names
+    seen: dict[str, None] = {}
+    for record in islice(records, SAMPLE_RECORDS):
+        seen.update(dict.fromkeys(record.values))
+        # A table has every column in every row, and null where there is nothing.
+        rows.append({key for key, value in _fields(record.values, reading.columns).items() if value is not None})
     if absent := sorted(set(reading.columns.values()) - set(seen)):
-        raise DataError(f"{name}: data.columns names {absent}, and the columns are {seen[:20]}.")
-    rows = [_filled(_fields(record.values, reading.columns)) for record in sample]
-    shape = _only_one(_fitting(rows, reading), rows, seen, reading, name)
+        raise DataError(f"{name}: data.columns names {absent}, and the columns are {list(seen)[:20]}.")
+    shape = _only(_fitting(rows, possible, reading), possible, list(seen), name)
     if strange := sorted(set(reading.columns) - _SHAPES[shape].fields):
         fields = ", ".join(sorted(_SHAPES[shape].fields))
         raise DataError(f"{name}: data.columns has {strange}, and the format {shape} has the fields {fields}.")
     if reading.template is not None:
-        templates.check(reading.template, {column for row in rows for column in row} | set(seen), name)
+        templates.check(reading.template, set(seen).union(*rows), name)
     return shape
 
 
@@ -138,7 +141,7 @@ def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Pr
         asked = templates.fill(reading.template, {**record.values, **fields}, problems)
         fields = {key: value for key, value in fields.items() if key not in form.asked}
         fields[form.asked[0]] = asked
-    if missing := form.lacks(fields, None):
+    if missing := form.lacks(fields):
         columns = sorted(record.values)[:8]
         problems += [f"field '{field}' is missing. The row has the columns {columns}." for field in missing]
     content = None if problems else form.read(fields, problems)
@@ -149,22 +152,28 @@ def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Pr
     return Row(record.number, content, others, record.file)
 
 
-def _fitting(rows: list[dict[str, Any]], reading: ReadingBlock) -> list[Format]:
-    """The formats that some of the rows have, of those that may be; not text, where another one is among them."""
+def _possible(reading: ReadingBlock, name: str) -> tuple[Format, ...]:
+    """The formats that `reading` leaves open."""
     named = tuple(_SHAPES) if reading.format == "auto" else (reading.format,)
-    if reading.template is not None:
-        named = tuple(shape for shape in named if _takes(reading.template, shape))
-    found = [shape for shape in named if any(not _SHAPES[shape].lacks(row, reading.template) for row in rows)]
+    if reading.template is None:
+        return named
+    taking = ("alpaca",) if reading.template == templates.ALPACA else ("prompt", "alpaca")
+    if not set(taking) & set(named):
+        raise DataError(f"{name}: data.template is for the format {' or '.join(taking)}, not for {reading.format}.")
+    return tuple(shape for shape in named if shape in taking)
+
+
+def _fitting(rows: list[set[str]], possible: Iterable[Format], reading: ReadingBlock) -> list[Format]:
+    """The formats that some of the rows have; not text, where another one is among them."""
+    found = []
+    for shape in possible:
+        asked = _SHAPES[shape].asked if reading.template is not None else ()
+        if any(not _SHAPES[shape].lacks(row.union(asked)) for row in rows):
+            found.append(shape)
     return [shape for shape in found if shape != "text" or len(found) == 1]
 
 
-def _takes(template: str, shape: Format) -> bool:
-    return shape == "alpaca" if template == templates.ALPACA else bool(_SHAPES[shape].asked)
-
-
-def _only_one(
-    found: list[Format], rows: list[dict[str, Any]], seen: list[str], reading: ReadingBlock, name: str
-) -> Format:
+def _only(found: list[Format], possible: tuple[Format, ...], seen: list[str], name: str) -> Format:
     """The format. Raises DataError that says what to set where there is none, or more than one."""
     if len(found) == 1:
         return found[0]
@@ -173,20 +182,10 @@ def _only_one(
         raise DataError(
             f"{name}: the rows fit the formats {formats}. Set data.format to one of them, or split the file."
         )
-    named = tuple(_SHAPES) if reading.format == "auto" else (reading.format,)
-    if reading.template is not None:
-        if not any(_takes(reading.template, shape) for shape in named):
-            raise DataError(f"{name}: data.template is for the formats prompt and alpaca, not for {reading.format}.")
-        named = tuple(shape for shape in named if _takes(reading.template, shape))
-    needs = [f"  {shape}: {' or '.join(' and '.join(fields) for fields in _SHAPES[shape].needs)}" for shape in named]
-    what = "no format" if reading.format == "auto" else f"not the format {reading.format}"
+    needs = [f"  {shape}: {' or '.join(' and '.join(fields) for fields in _SHAPES[shape].needs)}" for shape in possible]
+    what = f"not the format {possible[0]}" if len(possible) == 1 else "no format"
     heading = f"{name}: the columns {seen[:20]} fit {what}. Say which is which by data.columns. Needed are:"
     raise DataError("\n".join([heading, *needs]))
-
-
-def _filled(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without the nulls: a table has every column in every row."""
-    return {key: value for key, value in fields.items() if value is not None}
 
 
 def _readable(source: Source) -> Iterator[Record]:

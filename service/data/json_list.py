@@ -64,7 +64,7 @@ def _elements(parts: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes | in
         if lost or len(text) > MAX_ROW_BYTES:
             text, lost = b"", lost + len(text)
         if end:
-            if lost or text.strip():  # nothing stands in an empty list, and behind the last comma of a part
+            if lost or text.strip() or end == b",":  # nothing stands in an empty list, or behind a last comma
                 yield lost or text, size
             text, lost = b"", 0
         if end == b"]":

@@ -309,6 +309,11 @@ def test_a_bad_row_is_a_problem_with_its_number_and_the_others_are_read(row: byt
         assert isinstance(in_list[1], Problem) and in_list[1].number == 2
 
 
+def test_an_empty_place_in_a_list_is_a_problem(tmp_path: Path) -> None:
+    (problem,) = _problems(tmp_path, "x.json", b"[" + GOOD + b", ," + GOOD + b"]")
+    assert problem.startswith("2: no valid JSON")
+
+
 def test_what_only_looks_deep_or_broken_is_a_row(tmp_path: Path) -> None:
     row = {
         "code": "[{" * 500,

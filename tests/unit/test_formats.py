@@ -203,7 +203,7 @@ def test_the_alpaca_template_is_stanfords() -> None:
         ({"completion": "a", "x": 1}, {"template": "{}"}, "{} is no column's name"),
         ({"completion": "a", "x": 1}, {"template": "{x} {y}"}, "data.template names ['y'], and the columns are ['completion', 'x']"),
         ({"output": "a"}, {"template": "alpaca"}, "data.template names ['instruction']"),
-        ({"messages": []}, {"template": "{x}", "format": "messages"}, "is for the formats prompt and alpaca, not for messages"),
+        ({"messages": []}, {"template": "{x}", "format": "messages"}, "is for the format prompt or alpaca, not for messages"),
         ({"text": "a"}, {"template": "{text}"}, "  prompt: prompt and completion"),
     ],
 )  # fmt: skip

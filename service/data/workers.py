@@ -5,6 +5,7 @@ Ray Data starves without a word where training holds all CPUs, so this runs befo
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from collections.abc import Callable, Iterator
@@ -15,6 +16,12 @@ from service import launcher
 
 BlockT = TypeVar("BlockT")
 
+# Which say what was begun and ended, and that there is no progress bar. What warns of too few resources is heard.
+_QUIET = {
+    "ray.data._internal.execution.streaming_executor": logging.WARNING,
+    "ray.data._internal.progress": logging.ERROR,
+}
+
 
 def on_all_cpus(work: Callable[[int], BlockT], number: int, *, here: bool) -> Iterator[BlockT]:
     """`work(0)`, `work(1)` ... `work(number - 1)`, in this order, each on one CPU, no more of them at once than there are.
@@ -24,16 +31,17 @@ def on_all_cpus(work: Callable[[int], BlockT], number: int, *, here: bool) -> It
     launcher.connect()
     import ray
     import ray.data
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    for name, level in _QUIET.items():
+        logging.getLogger(name).setLevel(level)
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # our own errors, as `work` raises them
     context.execution_options.preserve_order = True
-    node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    node = {"ray.io/node-id": ray.get_runtime_context().get_node_id()} if here else None
     with ray.data.DataContext.current(context):
-        blocks = ray.data.range(number, override_num_blocks=number).map(
-            _done, fn_args=(pickle.dumps(work),), num_cpus=1, **({"scheduling_strategy": node} if here else {})
-        )
+        numbers = ray.data.range(number, override_num_blocks=number)
+        blocks = numbers.map(_done, fn_args=(pickle.dumps(work),), num_cpus=1, label_selector=node)
         for row in blocks.iter_rows():
             yield pickle.loads(row["block"])  # noqa: S301 - our own workers made it
 

@@ -58,6 +58,31 @@ def show(
             say(f"\n{tokens:,} tokens are more than data.seq_len, {config.data.seq_len:,}: {config.data.over_long}")
 
 
+@app.command()
+def prepare(
+    run_file: Annotated[str, typer.Argument(help="a YAML run file", metavar="RUN.YAML")],
+    overrides: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="override one field, by dotted name")
+    ] = [],  # noqa: B006 - typer copies it
+    json: Json = False,
+) -> None:
+    """Tokenise a run's data, or find it tokenised; large sources on all CPUs of the cluster. Training does it by itself."""
+    from service.config import load_run
+    from service.settings import load_settings
+
+    config, settings = load_run(run_file, overrides).config, load_settings()
+    from dataclasses import asdict
+
+    from service.cli.planned import data_table
+    from service.data.prepare import prepare_for
+
+    prepared = prepare_for(config, settings)
+    if json:
+        print_json(asdict(prepared))
+    else:
+        console.print(data_table(prepared))
+
+
 def run_config(file: str, model: str | None, run: str | None) -> RunConfig:
     """The run file's config, or that of the shortest run that trains this model on this file."""
     from service.config import RunConfig, load_run

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from service.config import ResolvedRun, leaves
+from service.data.prepare import Prepared
 from service.data.shards import DataCard
 from service.training.plan import RunPlan
 
@@ -16,14 +17,19 @@ def plan_tables(resolved: ResolvedRun, plan: RunPlan) -> list[Table]:
     config = Table("field", "value", "source", title="config")
     for name, value in leaves(resolved.config.model_dump(mode="json", by_alias=True)):
         config.add_row(name, str(value), resolved.sources[name])
-    data = Table("data", "rows", "examples", "tokens", "trained on", "longest", "left out", title="data")
-    for side, card in (("train", plan.train), ("eval", plan.eval), ("test", plan.test)):
-        if card:
-            data.add_row(*_data_row(side, card))
     figures = Table("figure", "value", title="run")
     for name, shown in _figures(plan):
         figures.add_row(name, shown)
-    return [config, data, figures, *_memory(plan), *_advice(plan)]
+    return [config, data_table(plan), figures, *_memory(plan), *_advice(plan)]
+
+
+def data_table(data: Prepared | RunPlan) -> Table:
+    """The data cards of a run."""
+    table = Table("data", "rows", "examples", "tokens", "trained on", "longest", "left out", title="data")
+    for side, card in (("train", data.train), ("eval", data.eval), ("test", data.test)):
+        if card:
+            table.add_row(*_data_row(side, card))
+    return table
 
 
 def _data_row(side: str, card: DataCard) -> list[str]:

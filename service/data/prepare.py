@@ -18,17 +18,20 @@ from functools import partial
 from itertools import accumulate, chain
 
 from service import storage
+from service.base_models import resolve_base_model
 from service.config import AugmentBlock, DataBlock, FilterBlock, Format, ReadingBlock, RunConfig
 from service.data import formats, shards
 from service.data.augment import read_synonyms
 from service.data.files import Piece, Source, is_hub, open_source
 from service.data.records import PIECE_BYTES, Record
+from service.data.rendered import renderer_for
 from service.data.rows import Row
 from service.data.shards import DataCard, Part
 from service.data.split import Side, Sides
 from service.data.tokenised import Block, Found, Recipe, Tally, tokenise
 from service.errors import DataError, ModelError, NotFoundError
 from service.render import Renderer
+from service.settings import Settings
 
 # A source smaller than this is done in this process: starting Ray and its workers takes as long as tokenising it.
 SPREAD_BYTES = 64 * 2**20
@@ -45,6 +48,12 @@ class Prepared:
     train: DataCard
     eval: DataCard | None
     test: DataCard | None
+
+
+def prepare_for(config: RunConfig, settings: Settings) -> Prepared:
+    """`prepare_run` with the renderer of the run's base model, which is fetched where it is not here."""
+    base = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
+    return prepare_run(config, renderer_for(config, base.path), home=settings.home)
 
 
 def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared:

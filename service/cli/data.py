@@ -83,6 +83,41 @@ def prepare(
         console.print(data_table(prepared))
 
 
+@app.command()
+def check(
+    file: File,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="EVAL", help="evaluation data that no row may ask too; the run file's unless given"),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="the base model by which tokens are counted")] = None,
+    run: AsRun = None,
+    strict: Annotated[bool, typer.Option("--strict", help="exit with 1 on warnings too")] = False,
+    quarantine: Annotated[
+        str | None, typer.Option(metavar="OUT", help="write OUT/good.jsonl, and OUT/bad.jsonl with the reasons")
+    ] = None,
+    markdown: Annotated[str | None, typer.Option(metavar="OUT", help="write the card as Markdown too")] = None,
+    json: Json = False,
+) -> None:
+    """Find what is wrong with data before it costs anything: a card, findings with row numbers, the remedy for each.
+
+    Exits with 1 where an error was found: it would stop a training. Warnings are for you to judge.
+    """
+    config = run_config(file, model, run)
+    from service.cli.checked import Outputs, check_file
+
+    evaluation = against or (config.data.eval if config.data.eval != file else None)
+    checkup = check_file(
+        (file, reading_of(file, config)),
+        (evaluation, reading_of(evaluation, config)) if evaluation else None,
+        config.data,
+        renderer_of(config) if model or run else None,
+        Outputs(quarantine, markdown, json),
+    )
+    if checkup.errors or (strict and checkup.warnings):
+        raise typer.Exit(1)
+
+
 def run_config(file: str, model: str | None, run: str | None) -> RunConfig:
     """The run file's config, or that of the shortest run that trains this model on this file."""
     from service.config import RunConfig, load_run

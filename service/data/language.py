@@ -13,10 +13,16 @@ MIN_CONFIDENCE = 0.5  # below it the text is too short, or too little of a langu
 LOOKED_AT = 1000  # characters of a text: 0.1 ms, and more do not change the answer
 
 
-def language_of(text: str) -> str:
-    """ISO 639-1 (`en`, `de`), ISO 639-3 where there is none, `zxx` for what is no language, or `und`."""
-    found, _ = _identifier().classify(text[:LOOKED_AT])
-    return str(found)
+def language_of(text: str, *, confidence: float = MIN_CONFIDENCE, letter_bytes: int = 0) -> str:
+    """ISO 639-1 (`en`, `de`), ISO 639-3 where there is none, `zxx` for what is no language, or `und`.
+
+    `und` too where the classifier is less sure than `confidence` or the text has fewer letters, in bytes of UTF-8.
+    """
+    head = text[:LOOKED_AT]
+    if letter_bytes and len("".join(filter(str.isalpha, head)).encode()) < letter_bytes:
+        return UNDETERMINED
+    found, probability = _identifier().classify(head)
+    return str(found) if probability >= confidence else UNDETERMINED
 
 
 @lru_cache(maxsize=1)

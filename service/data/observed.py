@@ -191,6 +191,8 @@ class Observed:
             self.marked["near_leak"].add(number, f"row {number} asks nearly what row {there} asks there")
 
     def _examples(self, number: int, rendered: Rendered) -> None:
+        if "nothing_trained" in self.marked and number in self.marked["nothing_trained"].rows[-TOGETHER:]:
+            return  # known without rendering it
         if isinstance(rendered, Exception):
             self.marked["not_rendered"].add(number, str(rendered))
             return

@@ -17,10 +17,10 @@ from service.config import DataBlock
 from service.data import suspicious
 from service.data import thresholds as at
 from service.data.language import UNDETERMINED, language_of
-from service.data.rendered import Rendered, examples_of_rows
+from service.data.rendered import examples_of_rows
 from service.data.rows import Conversation, Labelled, Preference, Problem, Row, texts
 from service.data.sameness import NearTexts, Parts, parts_of
-from service.render import Message, Renderer
+from service.render import Message, Rendered, Renderer
 
 TOGETHER = 256  # rows that are tokenised together
 NO_LANGUAGE = frozenset((UNDETERMINED, "zxx"))  # zxx: no linguistic content, ISO 639-2

@@ -137,7 +137,9 @@ def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Pr
     own = form.fields
     every = _fields(record.values, reading.columns)
     fields = {key: value for key, value in every.items() if key in own}
+    fixed: tuple[str, ...] = ()
     if reading.template is not None:
+        fixed = templates.fixed(reading.template, {**record.values, **fields})
         asked = templates.fill(reading.template, {**record.values, **fields}, problems)
         fields = {key: value for key, value in fields.items() if key not in form.asked}
         fields[form.asked[0]] = asked
@@ -149,7 +151,7 @@ def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Pr
         return [Problem(record.number, text, record.file) for text in problems]
     theirs = {reading.columns.get(field, field) for field in own}
     others = {key: value for key, value in record.values.items() if key not in theirs}
-    return Row(record.number, content, others, record.file)
+    return Row(record.number, content, others, record.file, fixed)
 
 
 def _possible(reading: ReadingBlock, name: str) -> tuple[Format, ...]:

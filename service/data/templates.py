@@ -31,16 +31,30 @@ def check(template: str, columns: Iterable[str], name: str) -> None:
 
 def fill(template: str, values: Mapping[str, Any], problems: list[str]) -> str:
     """The text for a row; a line to `problems` for each column that it lacks."""
-    if template == ALPACA:
-        template = _ALPACA_WITH_INPUT if values.get("input") else _ALPACA_WITHOUT
     text = ""
-    for literal, column in _parsed(template):
+    for literal, column in _parsed(_text(template, values)):
         text += literal
         if column is not None and values.get(column) is None:
             problems.append(f"column '{column}' has no value, and data.template names it.")
         elif column is not None:
             text += _written(values[column])
     return text
+
+
+def fixed(template: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    """Of the text for a row, what the template says: before its first column, between each two, and after the last."""
+    parts = [""]
+    for literal, column in _parsed(_text(template, values)):
+        parts[-1] += literal
+        if column is not None:
+            parts.append("")
+    return tuple(parts)
+
+
+def _text(template: str, values: Mapping[str, Any]) -> str:
+    if template != ALPACA:
+        return template
+    return _ALPACA_WITH_INPUT if values.get("input") else _ALPACA_WITHOUT
 
 
 @lru_cache(maxsize=64)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from service.config import AugmentBlock
+from service.config import AugmentBlock, ReadingBlock
 from service.data.augment import COPY, copies, read_synonyms
+from service.data.formats import parse
+from service.data.records import Record
 from service.data.rows import Answer, Conversation, Extraction, Labelled, Preference, Row, Tagged, Text
 from service.errors import DataError
 
@@ -80,18 +82,20 @@ def test_only_what_users_say_is_changed() -> None:
     assert copy.content == replace(extraction, question=copy.content.question) != extraction
 
 
-def test_the_text_of_a_template_is_never_changed() -> None:
-    fixed = ("Below is an instruction. Do it.\n\n### Instruction:\n", "\n\n### Input:\n", "\n\n### Response:\n")
-    words = [" ".join(MANY[:40]), "w1 w2\nw3 w4 w5 w6 w7 w8"]
-    text = fixed[0] + words[0] + fixed[1] + words[1] + fixed[2]
-    row = Row(
-        1, Conversation(({"role": "user", "content": text}, {"role": "assistant", "content": "Done."})), fixed=fixed
-    )
+@pytest.mark.parametrize("given", ["", "w1 w2\nw3 w4 w5 w6 w7 w8"])
+@pytest.mark.parametrize("template", ["alpaca", "Do {{this}}: {instruction}\nWith {{that}}: {input}.", "{instruction}"])
+def test_the_text_of_a_template_is_never_changed(template: str, given: str) -> None:
+    asked = " ".join(MANY[:40])
+    record = Record(1, {"instruction": asked, "input": given, "output": "Done."})
+    row = parse(record, "alpaca", ReadingBlock(template=template))
+    assert isinstance(row, Row)
+    before = str(row.messages[0]["content"])
     for copy in copies(row, ALL, 0, TABLE):
         said = str(copy.messages[0]["content"])
-        places = [said.index(part) for part in fixed]
-        assert places == sorted(places) and places[0] == 0 and said.endswith(fixed[2])
-        assert said[len(fixed[0]) : places[1]] != words[0]
+        start, end = before.index(asked), before.index(asked) + len(asked)
+        assert said[:start] == before[:start] and said != before
+        after = before[end:].replace(given, "\0", 1).split("\0") if given else [before[end:]]
+        assert all(part in said for part in after) and said.endswith(after[-1])
 
 
 @pytest.mark.parametrize("content", [Text("all of it is learnt"), Tagged(("Anna", "sings"), ("PER", "O"))])

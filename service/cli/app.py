@@ -52,11 +52,16 @@ def plan(
 
     resolved, settings = load_run(run_file, overrides), load_settings()  # a typo is told before torch is imported
     from service.cli.planned import plan_tables
+    from service.training import repeats
     from service.training.plan import detailed, make_run_plan
 
+    trainings = repeats.variants(resolved)
+    if trainings:
+        resolved = trainings[0].resolved
+        typer.echo(f"{len(trainings)} trainings, one after the other. The first, {trainings[0].name}:", err=True)
     run_plan = detailed(make_run_plan(resolved, settings), resolved, settings, probe=probe)
     if json:
-        print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json()})
+        print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json(), "trainings": max(1, len(trainings))})
         return
     for table in plan_tables(resolved, run_plan):
         console.print(table)

@@ -67,6 +67,8 @@ def check_ledger(run: Run, cache: Path) -> LedgerCheck:
     """Compare a run's ledger with its plan. NotFoundError where the run never began, or its data was deleted."""
     config = run_from_json(run.resolved()).config
     status = run.status()
+    if children := status.details.get("children"):
+        raise NotFoundError(f"run {run.id} has drawn nothing itself. Check its trainings: {', '.join(children)}")
     if "train_digest" not in status.details:
         raise NotFoundError(f"run {run.id} is {status.state} and has drawn nothing yet: there is no plan to check.")
     rows = shards.load(status.details["train_digest"], home=run.home, cache=cache)

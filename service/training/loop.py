@@ -64,6 +64,7 @@ class TrainJob:
     base_digest: str  # what every node must find there
     train_digest: str
     eval_digest: str | None
+    test_digest: str | None = None  # read once, after the last step
     micro: int | None = None  # instead of memory.micro, after that did not fit
     profile: bool = False  # leave a torch profiler trace in the run
     asked_at: float = 0.0  # when the user asked, in seconds since the epoch: start-up is counted from here
@@ -188,8 +189,12 @@ class _Session:
                 if stop and step < self.plan.num_steps:
                     stopped = self.watch.stop_reason or "asked to stop"  # another worker may have seen the reason first
         self.keeper.saver.wait()
-        if stopped is None and (best := self.keeper.back_to_the_best(step)) != step:
-            step, last = best, self._metrics_of(best)
+        if stopped is None:
+            if (best := self.keeper.back_to_the_best(step)) != step:
+                step, last = best, self._metrics_of(best)
+            if measured := self._test():
+                last |= measured
+                self._log(step, last)
         return TrainResult(step, last, stopped, head=self.head, packing=self.packing)
 
     def _start(self) -> int:
@@ -211,7 +216,7 @@ class _Session:
         self._event("packing", self.packing)
         self._event("ready", self._startup())
         if step == 0 and self.config.evaluate.at_start:
-            self._log(0, self._evaluate())
+            self._log(0, self._evaluate("eval", self.eval_rows))
         return step
 
     def _loader(self, rows_of: Callable[[int], Rows], num_steps: int, source: TokenRows) -> Loader:
@@ -225,7 +230,7 @@ class _Session:
     def _after_step(self, step: int, metrics: Metrics, report: Callable[[Metrics], None] | None) -> None:
         """Evaluate where it is time, and tell everybody."""
         if step == self.plan.num_steps or _due(step, self.config.evaluate.every.steps):
-            metrics |= self._evaluate()
+            metrics |= self._evaluate("eval", self.eval_rows)
             self.keeper.progress = self.keeper.progress.after(step, metrics, self.config.stop)
         self._log(step, metrics)
         if report:
@@ -283,7 +288,7 @@ class _Session:
             "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / seconds,
             "train/data_wait_share": self.loader.waited_s / seconds,
             "optim/lr": rate,
-            "train/epoch": (step + 1) / self.plan.steps_per_epoch,
+            "train/epoch": self.plan.epochs(step + 1),
             "memory/peak_bytes": float(_peak_bytes(self.world.device)),
         }
         if self.config.precision == "fp16":
@@ -318,18 +323,25 @@ class _Session:
             "Lower optim.lr, or look at these rows; the last checkpoint is from before."
         )
 
+    def _test(self) -> Metrics:
+        """The loss on `data.test` of the model that is saved. Its rows are not even opened before."""
+        if self.job.test_digest is None:
+            return {}
+        self.watch.moved("the test")
+        rows = shards.load(self.job.test_digest, home=self.job.home, cache=Path(self.job.cache))
+        return self._evaluate("test", rows)
+
     @torch.no_grad()
-    def _evaluate(self) -> Metrics:
-        """Held-out loss in nats per supervised token, over all rows, shared between the workers."""
-        if self.eval_rows is None:
+    def _evaluate(self, name: str, rows: TokenRows | None) -> Metrics:
+        """Held-out loss in nats per supervised token, over all rows, shared between the workers; `name` is in the metrics'."""
+        if rows is None:
             return {}
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.eval()
-        all_rows = range(len(self.eval_rows))
-        with self._loader(lambda _: all_rows, 1, self.eval_rows) as loader:
+        with self._loader(lambda _: range(len(rows)), 1, rows) as loader:
             mine = loader.begin(0).mine
             for turn, index in enumerate(mine):
-                self.watch.moved(f"evaluation, micro-batch {turn + 1} of {len(mine)}")
+                self.watch.moved(f"{name}, micro-batch {turn + 1} of {len(mine)}")
                 if (batch := loader.take()) is None:
                     continue
                 with self.batches.compute():
@@ -339,7 +351,7 @@ class _Session:
         self.model.train()
         nats, tokens = self.world.add_up(total).tolist()
         loss = nats / tokens
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+        return {f"{name}/loss": loss, f"{name}/perplexity": math.exp(min(loss, 700.0))}
 
     def save_and_check(self) -> GateReport | None:
         """Save the model, free the memory, and have a fresh process reproduce the probe; on the first worker only."""

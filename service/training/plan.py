@@ -183,12 +183,12 @@ def _measured(
 ) -> TimePlan:
     workers = config.scale.max_workers
     training_s = plan.total_tokens * probed.seconds_per_token / workers + plan.num_steps * probed.update_s
-    evaluations = 0
+    evaluated_tokens = plan.test.tokens if plan.test else 0
     if held_out is not None:
         every = config.evaluate.every.steps
         between = (plan.num_steps - 1) // every if every else 0
-        evaluations = 1 + between + config.evaluate.at_start
-    evaluation_s = evaluations * int(held_out.lengths.sum()) * probed.forward_s_per_token / workers if held_out else 0.0
+        evaluated_tokens += (1 + between + config.evaluate.at_start) * int(held_out.lengths.sum())
+    evaluation_s = evaluated_tokens * probed.forward_s_per_token / workers
     shown = f"measured here: {probed.steps} steps in one process" + (f", divided by {workers}" if workers > 1 else "")
     return TimePlan(training_s / plan.num_steps, training_s, evaluation_s, shown)
 

@@ -31,8 +31,8 @@ import numpy as np
 
 from service import launcher
 from service.base_models import resolve_base_model
-from service.config import BatchBlock, ReadingBlock
-from service.data import formats, planner, prepare, shards
+from service.config import BatchBlock, DataBlock, ReadingBlock
+from service.data import checkup, formats, planner, prepare, shards
 from service.data.files import open_source, read_piece
 from service.data.records import Record
 from service.data.rendered import examples_of_rows
@@ -199,8 +199,7 @@ def stages(base: Path, corpus: Path, directory: Path) -> None:
     source = timed("hash and cut", lambda: open_source(str(head)))
     records = timed("read", lambda: [r for piece in source.pieces for r in read_piece(piece) if isinstance(r, Record)])
     rows = timed("parse", lambda: [formats.parse(record, "messages", reading) for record in records])
-    data = load_data_block(str(head))
-    # CHECKUP
+    timed("check up", lambda: checkup.check(rows, renderer=None, data=DataBlock(train=str(head))))
     chunks = [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
     examples = timed("render, tokenise", lambda: [e for chunk in chunks for e in examples_of_rows(chunk, renderer)])
     writer = shards.ShardWriter(str(directory), "stage")
@@ -214,13 +213,6 @@ def stages(base: Path, corpus: Path, directory: Path) -> None:
     print(f"\n{'stage':20}{'us a row':>10}   ({sum(len(e[0].ids) for e in examples) / len(examples):.0f} tokens a row)")
     for name, seconds in costs.items():
         print(f"{name:20}{1e6 * seconds:10.1f}")
-
-
-def load_data_block(uri: str) -> Any:
-    """A run's data block over one file."""
-    from service.config import DataBlock
-
-    return DataBlock(train=uri, seq_len=SEQ_LEN)
 
 
 def pack_efficiency(base: Path, corpus: Path, directory: Path) -> float:

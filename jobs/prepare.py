@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from rich.console import Console
 
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = f"{type(error).__name__}: {error}"
         Console(width=160).print(line, markup=False, highlight=False, soft_wrap=True, style="red")
         return 2 if isinstance(error, ValueError | LookupError) else 1
-    print(json.dumps(asdict(prepared)))
+    print(json.dumps(prepared.as_json()))
     return 0
 
 

@@ -71,16 +71,15 @@ def prepare(
     from service.settings import load_settings
 
     config, settings = load_run(run_file, overrides).config, load_settings()
-    from dataclasses import asdict
-
-    from service.cli.planned import data_table
+    from service.cli.planned import data_table, findings_table
     from service.data.prepare import prepare_for
 
     prepared = prepare_for(config, settings)
     if json:
-        print_json(asdict(prepared))
-    else:
-        console.print(data_table(prepared))
+        print_json(prepared.as_json())
+        return
+    for table in (data_table(prepared), *findings_table(prepared)):
+        console.print(table)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.table import Table
+from rich.text import Text
 
 from service.config import ResolvedRun, leaves
 from service.data.prepare import Prepared
@@ -20,7 +21,7 @@ def plan_tables(resolved: ResolvedRun, plan: RunPlan) -> list[Table]:
     figures = Table("figure", "value", title="run")
     for name, shown in _figures(plan):
         figures.add_row(name, shown)
-    return [config, data_table(plan), figures, *_memory(plan), *_advice(plan)]
+    return [config, data_table(plan), *findings_table(plan), figures, *_memory(plan), *_advice(plan)]
 
 
 def data_table(data: Prepared | RunPlan) -> Table:
@@ -30,6 +31,17 @@ def data_table(data: Prepared | RunPlan) -> Table:
         if card:
             table.add_row(*_data_row(side, card))
     return table
+
+
+def findings_table(data: Prepared | RunPlan) -> list[Table]:
+    """What the checkup warns of, if anything."""
+    found = [(checkup.name, finding) for checkup in data.checkups for finding in checkup.findings]
+    table = Table("data", "rows", "finding", "what to do", title="warnings of the data's checkup", show_lines=True)
+    for name, finding in found:
+        more = ", ..." if finding.count > len(finding.rows) > 0 else ""
+        shown = ", ".join(map(str, finding.rows)) + more
+        table.add_row(*map(Text, (name, shown, finding.text, finding.fix)))
+    return [table] if found else []
 
 
 def _data_row(side: str, card: DataCard) -> list[str]:

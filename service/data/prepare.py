@@ -13,16 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate, chain
+from typing import Any
 
 from service import storage
 from service.base_models import resolve_base_model
 from service.config import AugmentBlock, DataBlock, FilterBlock, Format, ReadingBlock, RunConfig
 from service.data import formats, shards
 from service.data.augment import read_synonyms
+from service.data.checkup import Checkup
 from service.data.files import Piece, Source, is_hub, open_source
+from service.data.precheck import precheck
 from service.data.records import PIECE_BYTES, Record
 from service.data.rendered import renderer_for
 from service.data.rows import Row
@@ -48,6 +51,11 @@ class Prepared:
     train: DataCard
     eval: DataCard | None
     test: DataCard | None
+    checkups: tuple[Checkup, ...] = ()  # of the sources; none of what was prepared before
+
+    def as_json(self) -> dict[str, Any]:
+        """The cards and the checkups, for machines."""
+        return asdict(self) | {"checkups": [checkup.as_json() for checkup in self.checkups]}
 
 
 def prepare_for(config: RunConfig, settings: Settings) -> Prepared:
@@ -60,6 +68,8 @@ def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared
     """Prepare all data of a run, or find it prepared. Raises DataError, ModelError."""
     data, block = config.data, config.data.split
     sources = [open_source(source.uri) for source in data.sources]
+    reads = list(zip(sources, data.sources, strict=True))
+    checkups = precheck(reads, (open_source(data.eval), data) if data.eval else None, data, home=home)
     sides = _sides(config, sources)
 
     def of_sources(side: Side) -> DataCard:
@@ -79,6 +89,7 @@ def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared
         train=of_sources("train"),
         eval=held_out("eval", data.eval, block.eval or (config.run.held_out is not None)),
         test=held_out("test", data.test, block.test),
+        checkups=checkups,
     )
 
 

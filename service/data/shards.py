@@ -283,11 +283,11 @@ class ShardWriter:
         if self._ids and len(self._ids) + len(ids) > self._shard_tokens:
             self._end()
         place = len(self._ids)
-        self._ids.extend(ids)
-        self._mask.extend(mask)
-        self._mask[place] = 0
+        trained = b"\0" + bytes(mask[1:])
+        self._ids += array("i", ids)
+        self._mask += trained
         self._offsets.append(len(self._ids))
-        values = (place, len(ids), sum(self._mask[place:]), row_number)
+        values = (place, len(ids), trained.count(1), row_number)
         for name, value in zip(INTEGERS, values, strict=True):
             self._integers[name].append(value)
         if score is not None:
@@ -301,13 +301,13 @@ class ShardWriter:
         return Index(**integers, scores=np.asarray(self._scores) if self._scores else None)
 
     def _begin(self) -> None:
-        self._ids, self._mask, self._offsets = array("i"), array("B"), array("i", [0])
+        self._ids, self._mask, self._offsets = array("i"), bytearray(), array("i", [0])
 
     def _end(self) -> None:
         offsets = pa.array(np.asarray(self._offsets))
         columns = {
             "ids": pa.ListArray.from_arrays(offsets, np.asarray(self._ids)),
-            "mask": pa.ListArray.from_arrays(offsets, np.asarray(self._mask)),
+            "mask": pa.ListArray.from_arrays(offsets, np.frombuffer(self._mask, np.uint8)),
         }
         file = f"{self._prefix}-{len(self.shards):02d}.arrow"
         data = _ipc_file(pa.record_batch(columns))

@@ -180,7 +180,7 @@ def _add(row: Row, examples: Sequence[Example], recipe: Recipe, tally: Tally, wr
         else:
             tally.over_long.add(f"{_named(row)} ({longest})")
             kept = []
-    kept = [(ids, mask) for ids, mask in kept if any(mask[1:])]  # a first token has nothing to be predicted from
+    kept = [(ids, mask) for ids, mask in kept if True in mask[1:]]  # a first token has nothing to be predicted from
     if longest > recipe.seq_len and not kept:
         tally.dropped += 1
     elif not kept:

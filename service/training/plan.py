@@ -19,6 +19,7 @@ import torch
 from service.base_models import BaseModel, resolve_base_model
 from service.config import ResolvedRun, RunConfig
 from service.data import shards
+from service.data.checkup import Checkup
 from service.data.prepare import Prepared, prepare_run
 from service.data.rendered import renderer_for
 from service.data.shards import DataCard, TokenRows
@@ -72,11 +73,13 @@ class RunPlan:
     time: TimePlan | None = None
     probe: ProbeResult | None = None
     advice: tuple[str, ...] = ()
+    checkups: tuple[Checkup, ...] = ()  # of the sources to train on
 
     def as_json(self) -> dict[str, Any]:
         """For `loray plan --json`."""
         return asdict(self) | {
-            "base": {"name": self.base.name, "digest": self.base.digest, "path": str(self.base.path)}
+            "base": {"name": self.base.name, "digest": self.base.digest, "path": str(self.base.path)},
+            "checkups": [checkup.as_json() for checkup in self.checkups],
         }
 
 
@@ -112,6 +115,7 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: Digests | 
         trainable_parameters=sum(p.numel() for p in skeleton.parameters() if p.requires_grad),
         trainable_weight_bytes=trainable_bytes,
         frozen_weight_bytes=frozen_bytes,
+        checkups=data.checkups,
     )
 
 

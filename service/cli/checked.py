@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -32,9 +33,9 @@ def check_file(
     file: Read, against: Read | None, data: DataBlock, renderer: Renderer | None, outputs: Outputs
 ) -> Checkup:
     """The checkup of a file, printed. Raises DataError where it cannot be read at all."""
-    source, problems = open_source(file[0]), list[Problem]()
+    source, unreadable = open_source(file[0]), defaultdict[int, list[str]](list)
     checkup = check(
-        _remembered(read_source(source, file[1]), problems),
+        _remembered(read_source(source, file[1]), unreadable),
         renderer=renderer,
         data=data,
         name=file[0],
@@ -49,15 +50,15 @@ def check_file(
     if outputs.markdown:
         storage.write_bytes(outputs.markdown, card.markdown(checkup).encode())
     if outputs.quarantine:
-        apart = quarantine.set_aside(source, quarantine.reasons_of(checkup, problems), outputs.quarantine)
+        apart = quarantine.set_aside(source, quarantine.reasons_of(checkup, unreadable), outputs.quarantine)
         if not outputs.json:
             say(f"{apart.num_good:,} good rows are in {apart.good}, {apart.num_bad:,} bad ones in {apart.bad}.")
     return checkup
 
 
-def _remembered(rows: Iterable[Row | Problem], problems: list[Problem]) -> Iterator[Row | Problem]:
-    """The same rows; what is wrong with the unreadable ones is added to `problems`."""
+def _remembered(rows: Iterable[Row | Problem], unreadable: dict[int, list[str]]) -> Iterator[Row | Problem]:
+    """The same rows; what is wrong with those that cannot be read is added by their numbers."""
     for row in rows:
         if isinstance(row, Problem):
-            problems.append(row)
+            unreadable[row.number].append(row.text)
         yield row

@@ -11,8 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from service.data import thresholds as at
 from service.data.checkup import Checkup, Tokens
+from service.data.findings import Finding
 
 _COLOURS = {"error": "bold red", "warning": "yellow"}
 _BAR = 40  # characters of the largest bin
@@ -28,11 +28,13 @@ def table(checkup: Checkup) -> RenderableType:
     if checkup.tokens:
         parts.append(_histogram(checkup.tokens))
     if checkup.findings:
-        found = Table("", "rows", "finding", "what to do", title="findings", title_justify="left", show_lines=True)
+        found = Table(
+            "", "count", "rows", "finding", "what to do", title="findings", title_justify="left", show_lines=True
+        )
         for finding in checkup.findings:
             level = Text(finding.level, _COLOURS[finding.level])
-            shown = ", ".join(map(str, finding.rows)) + (", ..." if finding.count > len(finding.rows) > 0 else "")
-            found.add_row(level, Text(shown), Text(finding.text), Text(finding.fix))
+            count = Text(f"{finding.count:,}", justify="right")
+            found.add_row(level, count, Text(_numbers(finding)), Text(finding.text), Text(finding.fix))
         parts.append(found)
     colour = "red" if checkup.errors else "yellow" if checkup.warnings else "green"
     return Group(*parts, Text(verdict(checkup), f"bold {colour}"))
@@ -46,10 +48,10 @@ def markdown(checkup: Checkup) -> str:
         lines += ["", "| tokens | examples |", "|---|---|"]
         lines += [f"| {span} | {count:,} |" for span, count in _bins(checkup.tokens)]
     if checkup.findings:
-        lines += ["", "| level | rows | finding | what to do |", "|---|---|---|---|"]
+        lines += ["", "| level | count | rows | finding | what to do |", "|---|---|---|---|---|"]
     for finding in checkup.findings:
-        shown = ", ".join(map(str, finding.rows)) + (", ..." if finding.count > len(finding.rows) > 0 else "")
-        lines.append(f"| {finding.level} | {shown} | {_cell(finding.text)} | {_cell(finding.fix)} |")
+        cells = (finding.level, f"{finding.count:,}", _numbers(finding), _cell(finding.text), _cell(finding.fix))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -70,8 +72,7 @@ def _figures(checkup: Checkup) -> Iterator[tuple[str, str]]:
     if looked_at:
         shares = ", ".join(f"{name} {count / looked_at:.1%}" for name, count in [*checkup.languages.items()][:8])
         yield "languages", f"{shares} (of {looked_at:,} rows)"
-    near = f"{checkup.near_rows:,} rows compared" if checkup.near_rows else "not looked for"
-    yield "near duplicates", f"{near}, {at.NEAR:.0%} of their text the same" if checkup.near_rows else near
+    yield "near duplicates", f"looked for in {checkup.near_rows:,} rows" if checkup.near_rows else "not looked for"
     if checkup.against:
         yield "compared with", f"{checkup.against} ({checkup.against_rows:,} rows)"
     if not checkup.tokens:
@@ -85,6 +86,10 @@ def _figures(checkup: Checkup) -> Iterator[tuple[str, str]]:
     yield "trained on", f"{tokens.supervised:,} ({tokens.supervised_share:.0%})"
     if tokens.split_by_turn:
         yield "split by turn", f"{tokens.split_by_turn:,} rows: the chat template rewrites earlier turns"
+
+
+def _numbers(finding: Finding) -> str:
+    return ", ".join(map(str, finding.rows)) + (", ..." if finding.count > len(finding.rows) > 0 else "")
 
 
 def _histogram(tokens: Tokens) -> Table:

@@ -55,93 +55,66 @@ class Mark:
     detail: str = ""  # an example, or how often each kind of it was
 
 
+_LOOK = "Look at them: loray data show FILE --row N."
 # What each kind of mark means, and its remedy.
 _MEANINGS: dict[str, tuple[Level, str, str]] = {
-    "unreadable": ("error", "cannot be read", "Mend them, or set them aside: --quarantine OUT."),
-    "empty": ("error", "have an empty field", "Fill it, or remove the rows."),
-    "not_rendered": (
+    "unreadable": (
         "error",
-        "are refused by the model's chat template",
-        "Change the rows, or set model.chat_template.",
+        "cannot be read",
+        "Mend the rows, or set them aside: loray data check FILE --quarantine OUT.",
     ),
-    "nothing_trained": ("error", "teach nothing", "Remove them, or change data.train_on or their train and weight."),
+    "empty": ("error", "an empty field", "Fill it, or remove the rows."),
+    "not_rendered": ("error", "refused by the chat template", "Change the rows, or set model.chat_template."),
+    "nothing_trained": (
+        "error",
+        "nothing to learn",
+        "Remove the rows, or change data.train_on or their train or weight.",
+    ),
     "over_long": (
         "error",
-        "are longer than data.seq_len",
+        "longer than data.seq_len",
         "Raise data.seq_len, or set data.over_long to drop or truncate.",
     ),
-    "over_long_drop": (
-        "warning",
-        "are longer than data.seq_len and are dropped",
-        "Raise data.seq_len to train on them.",
-    ),
+    "over_long_drop": ("warning", "longer than data.seq_len, and dropped", "Raise data.seq_len to train on them."),
     "over_long_truncate": (
         "warning",
-        "are longer than data.seq_len and lose their end",
-        "Raise data.seq_len to keep it.",
+        "longer than data.seq_len, and cut",
+        "Raise data.seq_len to train on their ends.",
     ),
     "truncated_away": (
         "error",
-        "lose all that is trained to data.over_long: truncate",
-        "Raise data.seq_len, or take drop.",
+        "nothing to learn once cut to data.seq_len",
+        "Raise data.seq_len, or set data.over_long: drop.",
     ),
-    "turn_order": (
-        "warning",
-        "have turns out of order, which many chat templates refuse",
-        "Join the turns, or split the row.",
-    ),
-    "template_marks": (
-        "warning",
-        "hold marks of a chat template, which the model takes for turns",
-        "Remove the marks.",
-    ),
-    "same_answers": ("warning", "have the same chosen and rejected answer", "Remove them: they prefer nothing."),
-    "duplicate": ("warning", "repeat an earlier row", "Keep one of each, unless they are meant to count more."),
-    "near_duplicate": ("warning", "repeat an earlier row almost word for word", "Keep one of each."),
+    "turn_order": ("warning", "turns out of order, which many templates refuse", "Join the turns, or split the row."),
+    "template_marks": ("warning", "marks of a chat template, which a model takes for turns", "Remove the marks."),
+    "same_answers": ("warning", "the same chosen and rejected answer", "Remove the rows: they prefer nothing."),
+    "duplicate": ("warning", "an earlier row again", "Keep one of each, unless they are meant to count more."),
+    "near_duplicate": ("warning", "an earlier row again, nearly word for word", "Keep one of each."),
     "leak": (
         "warning",
-        "ask what the evaluation data asks",
-        "Remove them from one side: its scores would flatter the model.",
+        "what the evaluation data asks",
+        "Remove it from one side: its scores would flatter the model.",
     ),
-    "near_leak": (
-        "warning",
-        "ask almost what the evaluation data asks",
-        "Remove them from one side, if they are the same.",
-    ),
-    "conflicting_labels": ("warning", "have another label than a row with the same text", "Decide on one label."),
-    "row_length": (
-        "warning",
-        "are of a quite different length than the others",
-        "Look at them: loray data show FILE --row N.",
-    ),
-    "answer_length": (
-        "warning",
-        "have an answer of a quite different length",
-        "Look at them: loray data show FILE --row N.",
-    ),
+    "near_leak": ("warning", "nearly what the evaluation data asks", "Remove it from one side if it is the same."),
+    "conflicting_labels": ("warning", "the same text with another label", "Decide on one label."),
+    "row_length": ("warning", "a length far from that of the others", _LOOK),
+    "answer_length": ("warning", "an answer of a length far from that of the others", _LOOK),
     "language": (
         "warning",
-        "are in another language than the others",
-        "Translate or remove them, or set data.filter.languages.",
+        "another language than nearly all have",
+        "Translate or remove the rows, or set data.filter.languages.",
     ),
-    "secret": (
-        "warning",
-        "hold what looks like a secret",
-        "Remove it, and revoke it: a model can repeat what it learnt.",
-    ),
-    "personal_data": (
-        "warning",
-        "hold what looks like personal data",
-        "Replace it: a model can repeat what it learnt.",
-    ),
-    "mojibake": ("warning", "hold text that was decoded wrongly", "Read the source as UTF-8, or repair it with ftfy."),
+    "secret": ("warning", "what looks like a secret", "Remove it, and revoke it: a model can repeat what it learnt."),
+    "personal_data": ("warning", "what looks like personal data", "Replace it: a model can repeat what it learnt."),
+    "mojibake": ("warning", "text that was decoded wrongly", "Read its source as UTF-8, or repair it with ftfy."),
     "replacement_characters": (
         "warning",
-        "hold U+FFFD, where a character was lost",
-        "Decode the source again, as what it is.",
+        "U+FFFD, where a character was lost",
+        "Decode its source again, as what it is.",
     ),
-    "control_characters": ("warning", "hold control characters", "Remove them."),
-    "mixed_line_ends": ("warning", "end lines in another way than the others", "Write \\n everywhere."),
+    "control_characters": ("warning", "control characters", "Remove them."),
+    "mixed_line_ends": ("warning", "line ends unlike those of the others", "Write \\n everywhere."),
 }
 
 
@@ -163,21 +136,15 @@ def findings_of(seen: Observed, marks: Iterable[Mark]) -> Iterator[Finding]:
 
 
 def meaning(kind: str) -> str:
-    """What is said of the rows with a mark of this kind: "repeat an earlier row"."""
+    """What is said of the rows with a mark of this kind: "an earlier row again"."""
     return _MEANINGS[kind][1]
 
 
 def _finding(mark: Mark) -> Finding:
-    level, meaning, fix = _MEANINGS[mark.kind]
-    detail = f": {printable(mark.detail)}" if mark.detail else ""
+    level, said, fix = _MEANINGS[mark.kind]
+    detail = f": {printable(mark.detail).rstrip('.')}" if mark.detail else ""
     kind = "over_long" if mark.kind.startswith("over_long") else mark.kind
-    return Finding(
-        kind, level, len(mark.rows), tuple(mark.rows[: at.ROWS_NAMED]), f"{_rows(mark)} {meaning}{detail}", fix
-    )
-
-
-def _rows(mark: Mark) -> str:
-    return f"{len(mark.rows):,} row{'s' if len(mark.rows) != 1 else ''}"
+    return Finding(kind, level, len(mark.rows), tuple(mark.rows[: at.ROWS_NAMED]), f"{said}{detail}", fix)
 
 
 def _duplicates(seen: Observed) -> Iterator[Mark]:

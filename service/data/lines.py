@@ -7,10 +7,11 @@ place, and reading goes on with the next one. What is inside a row of JSON is in
 from __future__ import annotations
 
 import csv
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.data.json_list import elements, list_marks, rows_of_list
 from service.data.json_rows import decode, too_large
@@ -51,37 +52,50 @@ def read(chunks: Iterable[bytes], piece: Piece) -> Iterator[Record | Problem]:
     kinds = {"jsonl": _json_lines, "json": _json_elements}
     rows = kinds[piece.kind](chunks) if piece.kind in kinds else _csv_rows(chunks, piece)
     for number, row in enumerate(rows, piece.first):
-        if isinstance(row, str):
-            yield Problem(number, row, piece.file)
+        if isinstance(row, _NoRow):
+            yield Problem(number, row.why, piece.file, row.line)
         elif row is not None:
             yield Record(number, row, piece.file)
 
 
-Values = dict[str, Any] | str | None  # of a row; or why it has none; or that it is a blank line
+class _NoRow(NamedTuple):
+    """Why a row has no values, and its text, where that could be held."""
+
+    why: str
+    line: bytes = b""
+
+
+Values = dict[str, Any] | _NoRow | None  # of a row; None: a blank line
 
 
 def _json_lines(chunks: Iterable[bytes]) -> Iterator[Values]:
     for line in split_lines(chunks):
-        if isinstance(line, int):
-            yield too_large(line)
-        else:
-            yield decode(line) if line and not line.isspace() else None
+        yield None if isinstance(line, bytes) and (not line or line.isspace()) else _json_values(line)
 
 
 def _json_elements(chunks: Iterable[bytes]) -> Iterator[Values]:
     for element, _ in elements(chunks):
-        yield too_large(element) if isinstance(element, int) else decode(element)
+        yield _json_values(element)
+
+
+def _json_values(text: bytes | int) -> Values:
+    """The values that a text holds; of one that is too large, its length is given."""
+    if isinstance(text, int):
+        return _NoRow(too_large(text))
+    values = decode(text)
+    return _NoRow(values, text) if isinstance(values, str) else values
 
 
 def _csv_rows(chunks: Iterable[bytes], piece: Piece) -> Iterator[Values]:
     columns = piece.columns
     for row in _Csv(chunks, piece.kind).rows():
         if isinstance(row, str):
-            yield row
+            yield _NoRow(row)
         elif len(row) != len(columns):
-            yield f"has {len(row)} cells, and the heading has {len(columns)}. Quote cells that hold separators or newlines."
+            why = f"has {len(row)} cells, and the heading has {len(columns)}. Quote cells that hold separators or newlines."
+            yield _NoRow(why, json.dumps(row).encode())
         elif (broken := _broken_cell(row)) is not None:
-            yield f"{columns[broken]} is no UTF-8. Save the file as UTF-8."
+            yield _NoRow(f"{columns[broken]} is no UTF-8. Save the file as UTF-8.", json.dumps(row).encode())
         else:
             yield dict(zip(columns, row, strict=True))
 

@@ -4,14 +4,14 @@
     OUT/good.jsonl      the records that no finding names, as they are
 
 Every record is in one of the two. Each file is there whole or not at all, and `good.jsonl` comes last. A row in which there
-is no record (no JSON, say) has `record: null`: its line is in the source, which is not touched.
+is no record (no JSON, say) has its `line` instead, bytes that are no UTF-8 escaped.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,11 @@ class Quarantined:
     num_bad: int
 
 
-def reasons_of(checkup: Checkup, problems: Iterable[Problem]) -> Reasons:
-    """Why rows are bad: what each one's own problems say, and every finding that names it."""
-    reasons: defaultdict[int, list[str]] = defaultdict(list)
-    for problem in problems:
-        reasons[problem.number].append(problem.text)
+def reasons_of(checkup: Checkup, unreadable: Mapping[int, Sequence[str]]) -> Reasons:
+    """Why rows are bad: what the problems of unreadable ones say, and every finding that names them."""
+    reasons: defaultdict[int, list[str]] = defaultdict(
+        list, {number: list(texts) for number, texts in unreadable.items()}
+    )
     for mark in checkup.marks:
         if mark.kind != "unreadable":
             for number in mark.rows:
@@ -70,5 +70,8 @@ def _good(source: Source, reasons: Reasons) -> Iterator[dict[str, Any]]:
 def _bad(source: Source, reasons: Reasons) -> Iterator[dict[str, Any]]:
     for entry in source.records():
         if entry.number in reasons:
-            record = None if isinstance(entry, Problem) else entry.values
-            yield {"row": entry.number, "file": entry.file, "reasons": reasons[entry.number], "record": record}
+            if isinstance(entry, Problem):
+                held: dict[str, Any] = {"line": entry.line.decode("utf-8", "backslashreplace")}
+            else:
+                held = {"record": entry.values}
+            yield {"row": entry.number, "file": entry.file, "reasons": reasons[entry.number], **held}

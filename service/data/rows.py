@@ -123,6 +123,7 @@ class Problem:
     number: int
     text: str
     file: str = ""
+    line: bytes = field(default=b"", repr=False, compare=False)  # what stands there, where it is text that is no row
 
 
 def texts(content: Content) -> Iterator[tuple[str, str]]:

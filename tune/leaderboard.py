@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tune.trials import Trial, TrialState
 
 Mode = Literal["min", "max"]
-FEWEST = 4  # trials, below which nothing is said of what mattered
+FEWEST = 8  # trials, below which nothing is said of what mattered: a parabola goes through almost any four points
 
 
 def ranked(trials: Sequence[Trial], mode: Mode) -> list[Trial]:

@@ -12,7 +12,7 @@ import yaml
 from service.config import ResolvedRun, changed, checked, report, run_from_text
 from service.config_blocks import RunConfig
 from service.config_problems import annotations_of, blocks_of, dotted_names, unknown_key
-from service.config_values import leaves, mapping, override, put, read_text, take_out, value_at
+from service.config_values import mapping, override, put, read_text, take_out, value_at
 from service.errors import ConfigError
 from service.sweep_config import LIVE, RANGES, Dimension, PbtBlock, SweepConfig
 from tune import space as spaces
@@ -95,8 +95,8 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> ResolvedSweep:
     problems += [*wrong, *wrong_too]
     if config is not None:
         problems += _across(config, space, base)
-        whole = {key: one for key, one in space.items() if not any(f"space.{key}" in line for line in wrong)}
-        problems += _of_the_runs(ResolvedSweep(config, whole, base, text))
+    whole = {key: one for key, one in space.items() if not any(f"space.{key}" in line for line in wrong)}
+    problems += _of_the_runs(ResolvedSweep(config or SweepConfig(), whole, base, text))
     if problems or config is None:
         raise ConfigError(report(path, list(dict.fromkeys(problems))))
     return ResolvedSweep(config, space, base, text)
@@ -242,13 +242,10 @@ def live(space: spaces.Space) -> list[str]:
 
 def _of_the_runs(sweep: ResolvedSweep) -> Iterator[str]:
     """What is wrong with the run files of the trials: of those that are known, else of the ends of each range."""
-    known = sweep.known_draws or []
-    draws = [*spaces.corners(sweep.space), *known[:CHECKED_DRAWS]]
-    found: dict[str, None] = {}
+    draws = [*spaces.corners(sweep.space), *(sweep.known_draws or [])[:CHECKED_DRAWS]]
+    found: dict[str, str] = {}
     for one in draws:
-        values = changed(sweep.base, sweep.changes(one))
-        drawn = dict(leaves(values))
-        for line in checked(RunConfig, values)[1]:
+        for line in checked(RunConfig, changed(sweep.base, sweep.changes(one)))[1]:
             key = line.split(":")[0]
-            found.setdefault(f"space.{line}" if key in sweep.space and key in drawn else f"base: {line}")
-    yield from found
+            found.setdefault(key, f"space.{line}" if key in sweep.space else f"base: {line}")
+    yield from found.values()

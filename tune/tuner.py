@@ -179,7 +179,7 @@ class _Asha(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.STOP and not result["replayed"]:
+        if decision == TrialScheduler.STOP and not result["replayed"] and result["progress"] < 1.0:
             share = f"the best 1/{self._rule.factor:g} of the trials that got there before"
             reason = f"{self._search.metric} {result['value']:.4g} after {result['progress']:.0%} is not among {share}"
             run = self._sweep.record(int(str(trial))).run
@@ -281,6 +281,10 @@ class _Suggested(Searcher):
 class _Ticks(ray.tune.Callback):
     def __init__(self, tick: Callable[[], None]) -> None:
         self._tick = tick
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its callbacks, for a restoration that is never asked for."""
+        return {}
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
         self._tick()

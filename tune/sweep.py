@@ -177,7 +177,8 @@ def _planned(resolved: ResolvedSweep, settings: Settings, console: Console) -> t
     parallel = trials_at_once(search, fit, nodes, scale.max_workers, gpu)
     if search.parallel and search.parallel > parallel:
         _say(console, f"The cluster has room for {parallel} trial(s) at once, not {search.parallel}: the others queue.")
-    _say(console, f"{resolved.num_trials} trials of {plan.num_steps} steps, {parallel} at a time")
+    how = f"search {search.algorithm}, stop {resolved.config.stop.type}"
+    _say(console, f"{resolved.num_trials} trials of {plan.num_steps} steps, {parallel} at a time, {how}")
     also = set_in_trials(resolved, run.config, plan.num_steps)
     here, metric = str(Path.cwd()), search.metric
     return TrialJob(settings.home, str(settings.cache), here, "", metric, also, sharing=parallel), parallel

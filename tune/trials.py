@@ -111,7 +111,8 @@ class Trials:
             tokens += int(sum(row.get(TOKENS, 0) for row in rows.values()))
         metric = self._resolved.config.search.metric
         num_steps = int(status.details.get("num_steps", 0)) if status else 0
-        measured = [(step, row[metric]) for step, row in sorted(rows.items()) if row.get(metric) is not None]
+        known = sorted(rows.items()) if num_steps else []  # a run that begins with another's rows does not say yet
+        measured = [(step, row[metric]) for step, row in known if row.get(metric) is not None]
         return Trial(
             number=record.number,
             changes=self._resolved.changes(record.newest_draw),
@@ -121,7 +122,7 @@ class Trials:
             step=max(rows, default=0),
             num_steps=num_steps,
             tokens=tokens,
-            curve=tuple((step / num_steps, value) for step, value in measured if num_steps),
+            curve=tuple((step / num_steps, value) for step, value in measured),
             steps=tuple(step for step, _ in measured),
             startup_s=self._startup_s(record.runs[0]) if rows else None,
         )

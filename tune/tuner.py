@@ -255,6 +255,8 @@ class _Suggested(Searcher):
         self._resumed: dict[str, TrialRecord] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        if self._sweep.stop_requested():
+            return str(Searcher.FINISHED)
         if self._waiting:
             record = self._resumed[trial_id] = self._waiting.pop(0)
         elif number := next(self._numbers, None):

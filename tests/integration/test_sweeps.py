@@ -8,8 +8,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +23,7 @@ from service.sweep_config import METRICS
 from tests.integration import small_runs
 from tests.integration.drivers import checkpoints
 from tests.integration.place import ROOT, Place, base, place, wait_until
-from tune.directory import Sweep, list_sweeps
+from tune.directory import Sweep, TrialRecord, TrialRun, list_sweeps
 from tune.sweep_file import load_sweep
 from tune.trials import EARLY, Trial, Trials, TrialState
 
@@ -192,9 +192,22 @@ def test_earlier_measurements_decide_for_new_trials_and_nothing_twice(place: Pla
     asha = _Asha(sweep, resolved, resolved.config.stop)  # type: ignore[arg-type]
     curve = ((0.1, 1.0), (0.5, 0.5))
     asha.remember([Trial(1, {}, TrialState.FINISHED, "", "run", 60, STEPS, 0, curve, (12, 60), None)])
-    trial = SimpleNamespace(trial_id="new")
-    asha.on_trial_add(None, trial)
+    run = Run.create(place.settings.home, "trial-2", "", {})
+    sweep.write_record(TrialRecord(number=2, draw={}, runs=(TrialRun(run=run.id, draw={}),)))
+    asha.on_trial_add(None, (trial := _StandIn("new")))
     replayed = {"progress": 0.1, "value": 9.0, "replayed": True}
-    assert asha.on_trial_result(None, trial, replayed) == "CONTINUE"  # it has no run that could be stopped
-    with pytest.raises(ValueError):  # the same, measured now: its run is looked for, under its number
-        asha.on_trial_result(None, trial, {**replayed, "progress": 0.5, "replayed": False})
+    assert asha.on_trial_result(None, trial, replayed) == "CONTINUE"
+    assert run.stop_requested() is None  # an earlier driver has let it go on
+    assert asha.on_trial_result(None, trial, {"progress": 0.5, "value": 9.0, "replayed": False}) == "CONTINUE"
+    reason = run.stop_requested()
+    assert reason and reason.startswith(EARLY) and "eval/loss 9 after 50%" in reason
+
+
+@dataclass
+class _StandIn:
+    """What the scheduler needs of Tune's trial: an id, and its name, which is the number."""
+
+    trial_id: str
+
+    def __str__(self) -> str:
+        return "2"

@@ -23,11 +23,15 @@ pytest_plugins = ("tests.s3_endpoint",)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def trial(number: int, values: list[float], state: TrialState = TrialState.FINISHED, **changes: Any) -> Trial:
+def trial(
+    number: int, values: list[float], state: TrialState = TrialState.FINISHED, changes: dict[str, Any] | None = None
+) -> Trial:
     """A trial of ten steps with so many measurements, one a step."""
     steps = tuple(range(1, len(values) + 1))
     curve = tuple((step / 10, value) for step, value in zip(steps, values, strict=True))
-    return Trial(number, changes, state, "", f"run-{number}", len(values), 10, 100 * len(values), curve, steps, 1.0)
+    return Trial(
+        number, changes or {}, state, "", f"run-{number}", len(values), 10, 100 * len(values), curve, steps, 1.0
+    )
 
 
 def status(state: RunState, message: str = "", **details: Any) -> RunStatus:
@@ -115,7 +119,7 @@ def test_what_mattered_is_found_also_where_the_best_is_in_the_middle() -> None:
     loss = {1e-5: 5.0, 1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.9, 1e-1: 5.2}
     pairs = [(rate, rank) for rate in rates for rank in ranks]
     trials = [
-        trial(number, [loss[rate] + 0.01 * number % 3], **{"optim.lr": rate, "method.r": rank, "seed": 0})
+        trial(number, [loss[rate] + 0.01 * number % 3], changes={"optim.lr": rate, "method.r": rank, "seed": 0})
         for number, (rate, rank) in enumerate(pairs)
     ]
     found = leaderboard.importance(trials)
@@ -125,13 +129,13 @@ def test_what_mattered_is_found_also_where_the_best_is_in_the_middle() -> None:
 
 
 def test_words_are_compared_by_the_means_of_their_groups() -> None:
-    trials = [trial(n, [float(n % 2)], **{"optim.schedule": ["cosine", "linear"][n % 2]}) for n in range(10)]
+    trials = [trial(n, [float(n % 2)], changes={"optim.schedule": ["cosine", "linear"][n % 2]}) for n in range(10)]
     assert leaderboard.importance(trials) == {"optim.schedule": pytest.approx(1.0)}
 
 
 def test_the_leaderboard_has_every_trial_and_why_it_ended() -> None:
-    stopped = dataclasses.replace(trial(2, [4.0], TrialState.STOPPED, **{"method.r": 8}), why=f"{EARLY}no good")
-    trials = [trial(1, [3.0, 2.0], **{"optim.lr": 1e-3}), stopped]
+    stopped = dataclasses.replace(trial(2, [4.0], TrialState.STOPPED, changes={"method.r": 8}), why=f"{EARLY}no good")
+    trials = [trial(1, [3.0, 2.0], changes={"optim.lr": 1e-3}), stopped]
     board = leaderboard.as_json(trials, "eval/loss", "min", "tickets@3")
     assert (board["best"], board["model"], board["tokens"]) == (1, "tickets@3", 300)
     page = leaderboard.page("Sweep x", board, "model: base\n")
@@ -141,7 +145,8 @@ def test_the_leaderboard_has_every_trial_and_why_it_ended() -> None:
 
 def test_plots_are_drawn_of_one_trial_and_of_many() -> None:
     many = [
-        trial(n, [1.0 + n, 2.0], **{"optim.lr": 10.0**-n, "optim.schedule": "cosine", "seed": n}) for n in range(1, 4)
+        trial(n, [1.0 + n, 2.0], changes={"optim.lr": 10.0**-n, "optim.schedule": "cosine", "seed": n})
+        for n in range(1, 4)
     ]
     for trials in (many, many[:1]):
         assert plots.metric_by_step(trials, "eval/loss", "min").startswith(PNG)
@@ -150,7 +155,7 @@ def test_plots_are_drawn_of_one_trial_and_of_many() -> None:
 
 
 def test_what_is_new_about_a_trial_is_a_line_each() -> None:
-    before = trial(1, [3.0], TrialState.RUNNING, **{"optim.lr": 1e-3})
+    before = trial(1, [3.0], TrialState.RUNNING, changes={"optim.lr": 1e-3})
     after = dataclasses.replace(trial(1, [3.0, 2.0], TrialState.STOPPED), why=f"{EARLY}no good\nat all")
     assert news(None, before, "eval/loss") == [
         "trial 1 begins: optim.lr 0.001  (run run-1)",

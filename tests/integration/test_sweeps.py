@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -19,6 +21,7 @@ from service import storage
 from service.domain import RunState
 from service.errors import NotFoundError
 from service.runs import Run, list_runs
+from service.settings import Settings
 from service.sweep_config import METRICS
 from tests.integration import small_runs
 from tests.integration.drivers import checkpoints
@@ -29,7 +32,9 @@ from tune.trials import EARLY, Trial, Trials, TrialState
 
 __all__ = ["base", "place"]  # fixtures
 
+pytest_plugins = ("tests.s3_endpoint",)
 STEPS = 120
+DEADLINE_S = 600.0  # of a sweep of a few trials, each of which starts a worker and the gate's process
 
 
 @pytest.fixture
@@ -68,6 +73,14 @@ def sweeping(place: Place, *arguments: str) -> Iterator[tuple[Sweep, subprocess.
             process.kill()
 
 
+def swept(place: Place, *arguments: str) -> str:
+    """What a sweep's driver printed, to its good end."""
+    with sweeping(place, *arguments) as (_, driver):
+        output = driver.communicate(timeout=DEADLINE_S)[0]
+    assert driver.returncode == 0, output[-3000:]
+    return output
+
+
 def look(sweep: Sweep) -> list[Trial]:
     return Trials(sweep, sweep.resolved()).look()
 
@@ -99,7 +112,7 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_after_ctrl_c_and_never_
         wait_until(lambda: run.status().details.get("attempt") == 2 and bool(run.events()), "it goes on")
         wait_until(lambda: any(event["kind"] == "resumed" for event in run.events()), "from its checkpoint")
         driver.send_signal(signal.SIGINT)
-        output = driver.communicate(timeout=120)[0]
+        output = driver.communicate(timeout=DEADLINE_S)[0]
     assert driver.returncode == 0, output[-3000:]
     assert f"Go on: loray sweep --resume {sweep.id}" in output
     assert sweep.status().state is RunState.STOPPED
@@ -123,7 +136,7 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_after_ctrl_c_and_never_
 def test_weak_trials_are_stopped_with_a_checkpoint_and_say_why(place: Place, sweep_file: Path, tmp_path: Path) -> None:
     space = {"optim.lr": [1e-2, 1e-5, 1e-6]}  # the best one first, so that the others are worse than what was before
     file = write(tmp_path, space, search="grid", stop={"type": "asha", "factor": 2, "grace": 0.25})
-    output = place.run(sys.executable, "-m", "jobs.sweep", str(file), "--set", "search.parallel=1")
+    output = swept(place, str(file), "--set", "search.parallel=1")
     (sweep,) = list_sweeps(place.settings.home)
     best, *weak = look(sweep)
     assert best.state is TrialState.FINISHED
@@ -142,10 +155,10 @@ def test_a_weak_member_of_a_population_takes_over_a_strong_ones_checkpoint(
 ) -> None:
     file = write(
         tmp_path, {"optim.lr": {"log": [1e-6, 1e-2]}}, search={"trials": 2, "seed": 1},
-        stop={"type": "pbt", "every": 0.1, "quantile": 0.5},
+        stop={"type": "pbt", "every": 0.4, "quantile": 0.5},
     )  # fmt: skip
-    longer = ("--set", "optim.max_steps=600", "--set", "optim.epochs=151")
-    place.run(sys.executable, "-m", "jobs.sweep", str(file), *longer)
+    longer = ("--set", "optim.max_steps=400", "--set", "optim.epochs=101")
+    swept(place, str(file), *longer)
     (sweep,) = list_sweeps(place.settings.home)
     assert states(sweep) == [TrialState.FINISHED] * 2
     taken = [one for record in sweep.records() for one in record.runs if one.source]
@@ -168,11 +181,36 @@ def test_a_search_that_learns_ends_with_its_budget(place: Place, sweep_file: Pat
     pytest.importorskip("optuna")
     search = {"algorithm": "tpe", "trials": 8, "budget": {"tokens": 20_000}, "parallel": 2}
     file = write(tmp_path, {"optim.lr": {"log": [1e-4, 1e-1]}, "method.r": [2, 4]}, search=search, stop="none")
-    output = place.run(sys.executable, "-m", "jobs.sweep", str(file), "--set", f"optim.max_steps={STEPS}")
+    output = swept(place, str(file), "--set", f"optim.max_steps={STEPS}")
     (sweep,) = list_sweeps(place.settings.home)
     assert "the budget of 20,000 tokens is spent" in output
     assert TrialState.INTERRUPTED in states(sweep) or TrialState.FINISHED in states(sweep)
     assert len(sweep.records()) < 8
+
+
+@pytest.mark.long
+def test_on_s3_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(
+    place: Place, sweep_file: Path, tmp_path: Path, s3_home: str
+) -> None:
+    environment = {name: value for name, value in place.environment.items() if name != "RAY_ADDRESS"}
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    on_s3 = Place("", Settings(s3_home, place.settings.cache), {**environment, "LORAY_HOME": s3_home}, place.run_file)
+    file = write(tmp_path, {"method.r": [2, 4]}, search="grid", stop="none")
+    longer = ("--set", "optim.max_steps=300", "--set", "optim.epochs=76", "--set", "checkpoint.every.steps=50")
+    with sweeping(on_s3, str(file), "--set", "search.parallel=1", *longer) as (sweep, driver):
+        wait_until(lambda: newest_run_has_a_checkpoint(on_s3, 1), "the first trial has a checkpoint")
+        own = psutil.Process(driver.pid).children(recursive=True)
+        (worker,) = [process for process in own if "RayTrainWorker" in " ".join(process.cmdline())]
+        worker.send_signal(signal.SIGKILL)
+        output = driver.communicate(timeout=DEADLINE_S)[0]
+    assert driver.returncode == 0, output[-3000:]
+    first, second = look(sweep)
+    assert (first.state, second.state) == (TrialState.FINISHED, TrialState.FINISHED)
+    run = Run(s3_home, str(first.run))
+    assert any(event["kind"] == "resumed" for event in run.events())
+    assert run.status().details["attempt"] == 2
+    assert sweep.status().details["model"] == "small@1"
+    assert "leaderboard.md" in storage.list_names(sweep.uri)
 
 
 def test_bad_input_is_told_before_a_sweep_exists(place: Place, sweep_file: Path) -> None:

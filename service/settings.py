@@ -15,7 +15,6 @@ from pathlib import Path
 from service import storage
 from service.errors import ConfigError
 
-
 DEFAULT_HOME = "~/.loray"
 _POD = "KUBERNETES_SERVICE_HOST"  # the kubelet sets it in every container
 

@@ -276,7 +276,7 @@ def _summary(config: RunConfig, work: Work, device: torch.device, model: Any, co
     peaks = {
         "load": max(trainable_bytes + frozen_bytes, sum(counted.build.values())) + runtime,
         "train": sum(parts.values()),
-        "save": steady + max(counted.forward, *((snapshot, written) if on_host else ())),
+        "save": steady + max([counted.forward, *((snapshot, written) if on_host else ())]),
         "resume": steady + 3 * FLOAT32 * largest,  # one weight at a time with its two moments
     }
     host = 0 if on_host else max(snapshot, written)

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def leave(node_id: str, within_s: float) -> bool:
     """Announce that a node of the connected cluster goes in `within_s` seconds; whether its actors have ended by then."""
     import ray
-    from ray._raylet import GcsClient
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made in Cython
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     deadline = time.time() + within_s

@@ -16,7 +16,6 @@ from service.config_values import value_at
 from service.domain import ModelRef, check_name
 from service.errors import ConfigError
 
-
 _DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"  # what Kubernetes takes for names of namespaces and queues
 
 

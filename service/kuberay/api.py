@@ -7,6 +7,7 @@ The RayJob is created first and owns the others, so that they go when it goes; i
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,8 @@ class Kubernetes:
         except ImportError as error:
             raise ClusterError(f"--kuberay needs the Kubernetes client: pip install 'loray[k8s]' ({error})") from error
         try:
-            config.load_config()
+            named = os.environ.get("KUBECONFIG")  # the client itself reads it when it is imported
+            config.load_config(**({"config_file": named} if named else {}))
         except config.ConfigException as error:
             raise ClusterError(
                 f"no Kubernetes cluster is configured: {error} Set KUBECONFIG, or see that `kubectl get rayjobs` works."
@@ -106,7 +108,7 @@ class Kubernetes:
                     yield part.decode(errors="replace")
 
 
-def follow(cluster: Kubernetes, name: str, echo: Callable[[str], None], pause_s: float = LOOK_EVERY_S) -> JobStatus:
+def follow(cluster: Kubernetes, name: str, echo: Callable[[str], None]) -> JobStatus:
     """Tell of a RayJob's states and print its driver's log, attempt after attempt, until it ends; how it ended."""
     told, printed = "", ""
     while True:
@@ -120,7 +122,7 @@ def follow(cluster: Kubernetes, name: str, echo: Callable[[str], None], pause_s:
                 echo(text)
         if status.ended:
             return status
-        time.sleep(pause_s)
+        time.sleep(LOOK_EVERY_S)
 
 
 def _begun(status: Any) -> bool:

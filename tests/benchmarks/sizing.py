@@ -66,22 +66,65 @@ def main() -> int:
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="of these only")
     given = parser.parse_args()
     rows = []
-    print("| model | method | GPUs | peak a GPU | host memory a worker | checkpoint | to storage, every 15 minutes | published |")
+    print(
+        "| model | method | GPUs | peak a GPU | host memory a worker | checkpoint | to storage, every 15 minutes | published |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for model in given.models:
         for method in METHODS:
             row = smallest(model, method, given.gpu_gib * GIB * FITS, given.tokens)
             print(as_markdown(row) if row else f"| {model} | {method} | more than {MOST_GPUS} | | | | | |", flush=True)
             rows += [asdict(row)] if row else []
+    print_serving(given.gpu_gib * GIB * FITS, given.tokens)
     print(json.dumps({"rows": rows}))
     return 0
+
+
+def print_serving(gpu_bytes: float, tokens: int) -> None:
+    """What one GPU holds of a served model: slots of `tokens` beside the base, with a tenth of the GPU for adapters of rank 16."""
+    print(
+        f"| model | base | key-value memory a token | slots of {tokens:,} tokens | adapter of rank 16 | adapters resident |"
+    )
+    print("|---|---|---|---|---|---|")
+    for model, shape in MODELS.items():
+        for kind, stored in (("lora", "bfloat16"), ("qlora", "NF4")):
+            with tempfile.TemporaryDirectory(prefix="loray-sizing-") as name:
+                trainable, base = methods.weight_bytes(*_built(model, kind, Path(name), tokens))
+            head = shape["hidden_size"] // shape["num_attention_heads"]
+            kv = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * 2
+            adapter, for_adapters = trainable // 2, gpu_bytes / 10
+            slots = int((gpu_bytes - base - for_adapters) // (kv * tokens))
+            fits = (
+                [str(slots), f"{adapter / 2**20:.0f} MiB", str(int(for_adapters // adapter))]
+                if slots > 0
+                else ["does not fit a GPU", "", ""]
+            )
+            print("| " + " | ".join([model, f"{base / GIB:.0f} GiB, {stored}", f"{kv / 2**10:.0f} KiB", *fits]) + " |")
+
+
+def _built(model: str, kind: str, directory: Path, tokens: int) -> tuple[torch.nn.Module, RunConfig]:
+    LlamaConfig(**MODELS[model], architectures=["LlamaForCausalLM"], tie_word_embeddings=False).save_pretrained(
+        directory
+    )
+    config = next(_configs(kind, "ddp", tokens))
+    return methods.skeleton(directory, config), config
 
 
 def as_markdown(row: Row) -> str:
     """A line of the table: storage must take a checkpoint in a tenth of the time between two."""
     rate = row.checkpoint / (INTERVAL_S / 10)
-    sizes = [f"{size / GIB:,.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.1f} GiB" for size in (row.gpu_peak, row.host, row.checkpoint)]
-    shown = [row.model, f"{row.method}, {row.strategy}", str(row.gpus), *sizes, f"{rate / GIB:.2f} GiB/s", f"{row.published / GIB:.1f} GiB"]
+    sizes = [
+        f"{size / GIB:,.0f} GiB" if size >= 10 * GIB else f"{size / GIB:.1f} GiB"
+        for size in (row.gpu_peak, row.host, row.checkpoint)
+    ]
+    shown = [
+        row.model,
+        f"{row.method}, {row.strategy}",
+        str(row.gpus),
+        *sizes,
+        f"{rate / GIB:.2f} GiB/s",
+        f"{row.published / GIB:.1f} GiB",
+    ]
     return "| " + " | ".join(shown) + " |"
 
 
@@ -89,7 +132,9 @@ def smallest(model: str, method: str, gpu_bytes: float, tokens: int) -> Row | No
     """The fewest GPUs, a power of two, on which a strategy for this method fits; the earlier strategy where both do."""
     with tempfile.TemporaryDirectory(prefix="loray-sizing-") as name:
         base = Path(name)
-        LlamaConfig(**MODELS[model], architectures=["LlamaForCausalLM"], tie_word_embeddings=False).save_pretrained(base)
+        LlamaConfig(**MODELS[model], architectures=["LlamaForCausalLM"], tie_word_embeddings=False).save_pretrained(
+            base
+        )
         for kind, strategy in METHODS[method]:
             for config in _configs(kind, strategy, tokens):
                 if _least(config, base) > gpu_bytes:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from service import launcher
-from service.config import ServeConfig, load_run, validated
+from service.config import load_run
 from service.kuberay.manifests import QUEUE_LABEL
 from service.runs import Run
 from service.versions import ANNOTATION
@@ -83,7 +83,7 @@ def test_everything_that_is_named_exists(name: str, whole: Whole, secrets: dict[
 @pytest.mark.parametrize("name", SETS)
 def test_every_pod_is_without_privilege_and_within_limits(name: str, whole: Whole) -> None:
     documents = whole(name)
-    assert len(list(pods(documents))) >= 7
+    assert len(list(pods(documents))) >= 5
     assert security.problems(documents) == []
 
 
@@ -122,20 +122,6 @@ def test_the_pods_of_a_cluster_reach_one_another_and_no_other_cluster(name: str,
         assert allowed(documents, source, storage, 443)
         assert not allowed(documents, source, node, 443), "the node's identity"
         assert not allowed(documents, source, storage, 22)
-
-
-@pytest.mark.parametrize("name", ["base", "local-cpu", "gpu"])
-def test_the_embedded_serve_config_is_a_serve_file_on_an_application_of_ours(name: str, whole: Whole) -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    (service,) = of_kind(whole(name), "RayService")
-    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-    (application,) = config.applications
-    module, function = str(application.import_path).split(":")
-    assert callable(getattr(importlib.import_module(module), function))
-    validated(ServeConfig, application.args, name)
-    assert {deployment.name for deployment in application.deployments} <= {"Engine", "Gateway"}
-    assert (config.http_options.host, config.http_options.port) == ("0.0.0.0", 8000)  # noqa: S104 - pods are closed
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -60,7 +60,7 @@ def exported() -> dict[str, set[str]]:
     return {**labels, **TRAINING}
 
 
-def _asked(query: str) -> tuple[list[str], set[str]]:
+def asked(query: str) -> tuple[list[str], set[str]]:
     """The series and the labels that a query names: in selectors and in `by (...)`."""
     labels = {name for group in re.findall(r"\bby \(([^)]*)\)", query) for name in re.split(r",\s*", group)}
     for selector in re.findall(r"\{([^}]*)\}", query):
@@ -70,7 +70,7 @@ def _asked(query: str) -> tuple[list[str], set[str]]:
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_asks_for_series_and_labels_that_are_exported(query: str, exported: dict[str, set[str]]) -> None:
-    names, labels = _asked(query)
+    names, labels = asked(query)
     assert names, "it asks for something"
     for name in names:
         assert name in exported, name
@@ -84,7 +84,7 @@ def test_a_query_asks_for_series_and_labels_that_are_exported(query: str, export
 
 
 def test_every_exported_series_is_shown(exported: dict[str, set[str]]) -> None:
-    shown = {name for query in QUERIES for name in _asked(query)[0]}
+    shown = {name for query in QUERIES for name in asked(query)[0]}
     derived = ("_created", "_sum", "_count")
     assert {name for name in exported if not name.endswith(derived)} <= shown
 

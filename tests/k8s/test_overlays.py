@@ -21,7 +21,7 @@ from service.versions import ANNOTATION
 from tests.k8s import operator_rules, references, schemas, security
 from tests.k8s.conftest import K8S, ROOT, Build
 from tests.k8s.network import End, allowed
-from tests.k8s.objects import RAY_KINDS, Manifest, cluster_spec, groups, of_kind, pods
+from tests.k8s.objects import RAY_KINDS, Manifest, Pod, cluster_spec, groups, of_kind, pods
 
 README = K8S / "README.md"
 # What lies in one cluster together: an overlay, and the runs and clusters that are applied beside it.
@@ -103,20 +103,25 @@ def test_only_the_gateway_is_reachable_from_elsewhere(name: str, whole: Whole) -
         assert allowed(documents, prometheus, here, 8080) == bool(pod.ray), pod.where
 
 
+def _whose(pod: Pod) -> str:
+    """The run that a pod belongs to, or else the part."""
+    return pod.labels.get("loray.io/run") or pod.labels["loray.io/part"]
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_the_pods_of_a_cluster_reach_one_another_and_no_other_cluster(name: str, whole: Whole) -> None:
     documents = whole(name)
-    here = {pod.labels["loray.io/part"]: End(pod.labels) for pod in pods(documents) if pod.ray == "head"}
-    there = {pod.labels["loray.io/part"]: End(pod.labels) for pod in pods(documents) if pod.ray == "worker"}
-    assert set(here) == set(there) >= {"serve", "train"}
+    here = {_whose(pod): End(pod.labels) for pod in pods(documents) if pod.ray == "head"}
+    there = {_whose(pod): End(pod.labels) for pod in pods(documents) if pod.ray == "worker"}
+    assert set(here) == set(there) >= {"serve", "tickets"}
     for one, source in here.items():
         for other, target in there.items():
             assert allowed(documents, source, target, 43210) == (one == other), (one, other)
-    another_run = End({**here["train"].labels, "loray.io/run": "another"})
-    assert not allowed(documents, another_run, there["train"], 6379)
+    another_run = End({**here["tickets"].labels, "loray.io/run": "another"})
+    assert not allowed(documents, another_run, there["tickets"], 6379)
     redis = End({"app.kubernetes.io/part-of": "loray", "loray.io/part": "redis"})
     assert allowed(documents, here["serve"], redis, 6379)
-    assert not allowed(documents, here["train"], redis, 6379)
+    assert not allowed(documents, here["tickets"], redis, 6379)
     storage, node = End({}, address="52.216.0.1"), End({}, address="169.254.169.254")
     for source in here.values():
         assert allowed(documents, source, storage, 443)
@@ -127,34 +132,46 @@ def test_the_pods_of_a_cluster_reach_one_another_and_no_other_cluster(name: str,
 @pytest.mark.parametrize("name", SETS)
 def test_the_embedded_run_files_load_and_fit_their_pods(name: str, whole: Whole, tmp_path: Path) -> None:
     documents = whole(name)
+    maps = {d["metadata"]["name"]: d["data"] for d in of_kind(documents, "ConfigMap")}
     for job in of_kind(documents, "RayJob"):
-        (maps,) = [d["data"] for d in of_kind(documents, "ConfigMap") if "run.yaml" in d["data"]]
-        (tmp_path / "run.yaml").write_text(maps["run.yaml"])
-        config = load_run(str(tmp_path / "run.yaml")).config
-        Run.create(str(tmp_path / "home"), "any", "", {}, id=maps["run-id"].strip())
         (group,) = cluster_spec(job)["workerGroupSpecs"]
+        volumes = {volume["name"]: volume for volume in group["template"]["spec"]["volumes"]}
+        files = maps[volumes["run"]["configMap"]["name"]]
+        assert {word.removeprefix("/etc/loray/run/") for word in _paths(job)} <= set(files)
+        (tmp_path / "run.yaml").write_text(files["run.yaml"])
+        config = load_run(str(tmp_path / "run.yaml")).config
         in_pod = int(group["template"]["spec"]["containers"][0]["resources"]["limits"].get("nvidia.com/gpu", 1))
         workers = group["replicas"] * in_pod
-        assert config.scale.min_workers <= workers <= config.scale.max_workers, job["metadata"]["name"]
+        if "run-id" in files:
+            Run.create(str(tmp_path / "home"), "any", "", {}, id=files["run-id"].strip())
+            assert workers <= config.scale.max_workers, job["metadata"]["name"]
+        assert config.scale.min_workers <= workers, job["metadata"]["name"]
         for uri in (config.data.train, config.data.eval or config.data.train):
             recipe = Path(uri.replace("/opt/loray/recipes", str(ROOT / "jobs" / "recipes")))
             assert uri.startswith("s3://") or recipe.is_file(), uri
 
 
+def _paths(job: Manifest) -> list[str]:
+    """The files that an entrypoint names."""
+    return [word for word in job["spec"]["entrypoint"].split() if word.startswith("/")]
+
+
+# The only lines that the operator ever pastes into a shell.
+ENTRYPOINTS = {
+    "tickets": "python -m jobs.train /etc/loray/run/run.yaml --run-id-file /etc/loray/run/run-id",
+    "tickets-sweep": "python -m jobs.sweep /etc/loray/run/sweep.yaml",
+}
+
+
 @pytest.mark.parametrize("name", SETS)
-def test_every_command_is_a_module_of_ours_and_every_entrypoint_the_same(name: str, whole: Whole) -> None:
+def test_entrypoints_are_fixed_and_hooks_are_modules_of_ours(name: str, whole: Whole) -> None:
     documents = whole(name)
-    entrypoint = "python -m jobs.train /etc/loray/run/run.yaml --run-id-file /etc/loray/run/run-id"
-    assert {job["spec"]["entrypoint"] for job in of_kind(documents, "RayJob")} == {entrypoint}
-    hooks = [
-        c["lifecycle"]["preStop"]["exec"]["command"]
-        for pod in pods(documents)
-        for c in pod.containers
-        if "lifecycle" in c
-    ]
-    modules = {hook[hook.index("-m") + 1] for hook in hooks} | {"jobs.train"}
-    assert modules == {"jobs.leave", "jobs.train"}
-    assert all(importlib.util.find_spec(module) for module in modules)
+    for job in of_kind(documents, "RayJob"):
+        assert job["spec"]["entrypoint"] == ENTRYPOINTS[job["metadata"]["name"]]
+    containers = [container for pod in pods(documents) for container in pod.containers if "lifecycle" in container]
+    hooks = {tuple(container["lifecycle"]["preStop"]["exec"]["command"][:3]) for container in containers}
+    assert hooks == {("python", "-m", "jobs.leave")}
+    assert importlib.util.find_spec("jobs.leave") and importlib.util.find_spec("jobs.train")
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -210,17 +210,3 @@ def test_a_run_that_wants_more_than_the_cluster_has_says_what_is_missing_and_doe
     assert place.newest().status().state is RunState.FAILED
     output = place.train(str(place.run_file), "--set", "scale.workers=64", "--set", "scale.wait_s=2", expect=1)
     assert "Waiting, 2 s more at most" in output
-
-
-def test_a_job_that_is_started_again_goes_on_with_its_run_and_leaves_one_that_has_succeeded(place: Place) -> None:
-    """What every attempt of a RayJob runs."""
-    file = place.run_file.parent / "run-id"
-    file.write_text("20260101-000000-small-0001\n")
-    arguments = [str(place.run_file), "--run-id-file", str(file)]
-    place.train(*arguments, "--set", "data.train=nowhere.jsonl", expect=2)
-    assert not list_runs(place.settings.home), "what is wrong in the file makes no run"
-    place.train(*arguments)
-    run = place.newest()
-    assert (run.id, run.status().state) == ("20260101-000000-small-0001", RunState.SUCCEEDED)
-    assert "has succeeded already" in place.train(*arguments)
-    assert len(list_runs(place.settings.home)) == 1

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from jobs import train
 from service import storage
 from service.domain import RunState
 from service.errors import ConflictError
 from service.runs import LOST_AFTER_S, Run
 from service.training import driver
+from tests.unit.run_files import SMALL
 
 ID = "20260101-000000-tickets-0001"
 
@@ -52,3 +54,19 @@ def test_one_that_has_ended_is_returned_at_once(run: Run, state: RunState) -> No
     run.set_state(state)
     assert driver.reopen_if_begun(run.home, ID) == run
     assert run.status().state is state
+
+
+def test_a_job_that_is_started_again_after_its_run_has_succeeded_has_nothing_to_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the operator does where it has not heard of the end. A job that goes on: tests/integration/test_nodes.py."""
+    run.set_state(RunState.SUCCEEDED)
+    monkeypatch.setenv("LORAY_HOME", run.home)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    (tmp_path / "run-id").write_text(f"{ID}\n")
+    arguments = [str(tmp_path / "run.yaml"), "--run-id-file", str(tmp_path / "run-id")]
+    assert train.main(arguments) == 0
+    assert f"Run {ID} has succeeded already." in capsys.readouterr().out
+    assert train.main([*arguments, "--set", "optim.rate=1"]) == 2, "a run file is read in any case"
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--run-id", ID])

@@ -146,14 +146,27 @@ def test_patience_that_is_set_on_resuming_begins_with_a_best_that_can_be_saved(
     assert ended.step == min(losses_after, key=lambda step: (losses_after[step], step))
 
 
-NOISY = ["memory.micro=6", "optim.epochs=5", "optim.lr=0.2", "optim.schedule=constant", "evaluate.every.steps=1"]
+@pytest.fixture(scope="module")
+def unlearned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twenty steps that unlearns its held-out rows (digits; it trains on letters), on every machine.
+
+    Its best evaluation is thus among the first, and that one's checkpoint long written when the last step ends.
+    """
+    directory = tmp_path_factory.mktemp("unlearned")
+    file = small_runs.write_run_file(directory, base, memory={"micro": 6}, evaluate={"every": {"steps": 1}})
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "0123456789"}]
+    (directory / "eval.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    return file
+
+
+LONG = ["optim.epochs=5", "optim.lr=0.2", "optim.schedule=constant"]
 
 
 @pytest.fixture(scope="module")
-def kept_best(run_file: Path, settings: Settings) -> tuple[Run, TrainJob, dict[int, float]]:
-    """A run whose held-out loss goes up and down, told to keep the best three; and that loss by step."""
+def kept_best(unlearned: Path, settings: Settings) -> tuple[Run, TrainJob, dict[int, float]]:
+    """A run that is told to keep the best three, and its held-out loss by step."""
     run, job = small_runs.make_job(
-        run_file, settings, [*NOISY, "checkpoint={every: {steps: 0}, keep_last: 1, keep_best: 3}"]
+        unlearned, settings, [*LONG, "checkpoint={every: {steps: 0}, keep_last: 1, keep_best: 3}"]
     )
     train(job, World.current())
     return run, job, {row["step"]: row["eval/loss"] for row in run.metrics()}
@@ -182,9 +195,9 @@ def test_the_model_is_the_best_evaluations(kept_best: tuple[Run, TrainJob, dict[
 
 
 def test_a_best_checkpoint_that_is_damaged_leaves_the_last_steps_model_and_says_so(
-    run_file: Path, settings: Settings
+    unlearned: Path, settings: Settings
 ) -> None:
-    run, job = small_runs.make_job(run_file, settings, [*NOISY, "checkpoint.keep_best=1"])
+    run, job = small_runs.make_job(unlearned, settings, [*LONG, "checkpoint.keep_best=1"])
 
     steps = itertools.count(1)
 

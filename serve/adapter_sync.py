@@ -17,17 +17,16 @@ from pathlib import Path
 from serve.adapter_uris import AdapterUris
 from serve.adapters import Action, AdapterTable, Fetch, Load
 from serve.desired import HEARTBEAT_EVERY_S, AdapterReport, EndpointFiles, ReplicaReport
+from serve.lines import Lines
 from serve.routing import Source, Target
 from service.domain import ModelRef
-from service.errors import ClusterError, ConflictError, LorayError, StorageError
+from service.errors import ConflictError, LorayError, StorageError
 from service.inference.engine import Engine
 from service.registry import Registry, model_digest
 
 POLL_EVERY_S = 1.0
 # A request waits this long for its adapter: a cold fetch of some 100 MB from an object store, with a margin.
 LOAD_WAIT_S = 120.0
-# Requests that wait for adapters, over all of them. Each holds one of the replica's 8 places a slot; others need some, too.
-MAX_WAITING_PER_SLOT = 6
 # Replicas that were killed leave their last report; the next one to start sweeps up after this time.
 FORGET_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ class AdapterSync:
         self._registry = Registry(files.home)
         self._base_digest, self._replica = base_digest, replica
         self._table = AdapterTable(engine.max_columns, engine.max_rank)
+        self.lines = Lines(engine.num_slots)  # of requests that have not been admitted yet, and of those that have
         self._lock = threading.Lock()
         self._running = 0
         self._away = False  # the store did not answer this step's question
@@ -144,13 +144,8 @@ class AdapterSync:
                 self._notify()  # a turn that was over may go on
 
     def _join(self, target: Target) -> str:
-        """Wait in line for the adapter that is to answer; ClusterError where too many wait. Call with the lock held."""
+        """Wait for the adapter that is to answer. Call with the lock held."""
         adapter = self._table.awaited(target.digest, target.label)
-        waiting = sum(other.waiting for other in self._table.adapters.values())
-        if waiting >= MAX_WAITING_PER_SLOT * self._engine.num_slots:
-            raise ClusterError(
-                f"adapter {adapter.model} is not resident, and {waiting} requests wait for adapters. Try again in a second."
-            )
         self._table.wait(adapter.digest)
         return adapter.digest
 
@@ -319,7 +314,7 @@ class AdapterSync:
             epoch=epoch,
             base_digest=self._base_digest,
             running=running,
-            waiting=stats.num_waiting,
+            waiting=stats.num_waiting + self.lines.num_waiting,
             prefix_bytes=stats.prefix_bytes,
             slots=self._engine.num_slots,
             free_columns=self._engine.free_columns,

@@ -10,6 +10,7 @@ fails later is deleted again. Without API keys it listens on loopback only. The 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import time
@@ -31,12 +32,13 @@ from serve.api_keys import VARIABLE, ApiKey, load_keys
 from serve.desired import Base, EndpointFiles
 from serve.engine_router import STATS_EVERY_S, EngineRouter
 from serve.gateway import Gateway
+from serve.lines import FULL_LINES, line_rows
 from serve.registration import default_label, from_uri, is_uri, register, registrable
 from serve.replica import EngineReplica
 from serve.routing import Registered
 from service import launcher
 from service.base_models import BUNDLED, resolve_base_model
-from service.config import ServeConfig, read_text, validated
+from service.config import EngineBlock, ServeConfig, read_text, validated
 from service.errors import ClusterError, ConfigError, LorayError, StorageError
 from service.registry import Registry
 from service.render import load_renderer
@@ -51,6 +53,8 @@ _GATEWAYS = 1  # each has a stream to a replica, which Serve counts as a request
 _START_LIMIT_S = 1800.0  # reading a 70B model from a network disk
 _ROUTE_LIMIT_S = 60.0
 _PORT_LIMIT_S = 30.0
+_STEP_S = 0.1  # a stream that gets fewer than 10 tokens a second may be cut when the endpoint ends
+_KILL_LIMIT_S = 60.0  # Serve kills what has not ended in time, and says so
 _LOOK_EVERY_S = 0.2
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _DEPLOY_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
@@ -118,9 +122,27 @@ def stop(endpoint: str) -> None:
 def _take_off(name: str, *, shut_down: bool) -> None:
     """Delete one application, and with `shut_down` Serve too where no other application needs it."""
     if name in ray_serve.status().applications:
-        ray_serve.delete(name)
+        limit_s = _graceful_s(name) + _KILL_LIMIT_S
+        ray_serve.delete(name, _blocking=False)  # else it raises TimeoutError after 60 s, whatever still runs
+        _await_gone(name, limit_s)
     if shut_down and not ray_serve.status().applications:
         _shut_down()
+
+
+def _graceful_s(name: str) -> float:
+    """For how long Serve lets the requests of an application's deployments go on when it is deleted."""
+    deployments = _client().get_serve_details()["applications"][name]["deployments"].values()
+    return max((float(d["deployment_config"]["graceful_shutdown_timeout_s"]) for d in deployments), default=0.0)
+
+
+def _await_gone(name: str, limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while name in ray_serve.status().applications:
+        if time.monotonic() > deadline:
+            raise ClusterError(
+                f"{name} could not be taken off Ray Serve within {limit_s:g} s. Look at `serve status`, or end the cluster."
+            )
+        time.sleep(_LOOK_EVERY_S)
 
 
 def _shut_down() -> None:
@@ -158,7 +180,8 @@ def prepare(config: ServeConfig, settings: Settings) -> Prepared:
 
 def application(prepared: Prepared) -> ray_serve.Application:
     """The two deployments, bound. Limits are explicit: what exceeds them is answered 429, not queued for ever."""
-    config, slots = prepared.config, prepared.config.engine.slots
+    config = prepared.config
+    places, limit_s = FULL_LINES * line_rows(config.engine.slots), drain_s(config.engine)
     num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.min_replicas else 0
     engine = ray_serve.deployment(
         name="Engine",
@@ -168,13 +191,13 @@ def application(prepared: Prepared) -> ray_serve.Application:
             "num_gpus": num_gpus,
             "runtime_env": {"env_vars": launcher.ALLOCATOR},
         },
-        # The engine batches `slots` of them; the next, of every adapter, are at hand.
-        max_ongoing_requests=8 * slots + _GATEWAYS,
+        # Nearly all are let in, because there each adapter has a line of its own (`lines.py`); Serve's are first come, first served.
+        max_ongoing_requests=places + _GATEWAYS,
         request_router_config=RequestRouterConfig(
             request_router_class=EngineRouter, request_routing_stats_period_s=STATS_EVERY_S
         ),
-        max_queued_requests=16 * slots,
-        graceful_shutdown_timeout_s=300,
+        max_queued_requests=places,
+        graceful_shutdown_timeout_s=limit_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
         logging_config=_QUIET,
@@ -185,7 +208,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
         max_ongoing_requests=10_000,
         max_queued_requests=1_000,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        graceful_shutdown_timeout_s=300,
+        graceful_shutdown_timeout_s=limit_s,
         graceful_shutdown_wait_loop_s=0.5,
         max_constructor_retry_count=1,
         logging_config=_QUIET,
@@ -194,6 +217,12 @@ def application(prepared: Prepared) -> ray_serve.Application:
         prepared.base, prepared.files, prepared.settings.cache, config.precision, prepared.config.engine, prepared.uris
     )
     return gateway.bind(prepared.base, prepared.files, prepared.keys, prepared.uris, replicas)
+
+
+def drain_s(engine: EngineBlock) -> float:
+    """How long what a replica has taken may go on when the endpoint ends: a full line of answers, each as long as the context."""
+    turns = math.ceil(line_rows(engine.slots) / engine.slots)
+    return turns * engine.max_context * _STEP_S
 
 
 def _scale(config: ServeConfig) -> dict[str, Any]:
@@ -305,10 +334,15 @@ def _check_listening(config: ServeConfig | None, keys: tuple[ApiKey, ...]) -> bo
 
 def _http_options() -> Any:
     """Serve's host and port, or None where it does not run. It keeps those of whoever started it, and only warns."""
-    from ray.serve.context import _get_global_client  # no public call tells them
-
-    client = _get_global_client(raise_if_no_controller_running=False)
+    client = _client()
     return None if client is None else client.http_config
+
+
+def _client() -> Any:
+    """Serve's own client, or None where it does not run; for what no public call tells."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False)
 
 
 def _taken(host: str, port: int) -> str:

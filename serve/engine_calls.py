@@ -15,13 +15,13 @@ import uuid
 from typing import Any
 
 from ray.exceptions import TaskCancelledError
-from ray.serve.exceptions import RequestCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from serve.openai_api import Ask
 from serve.outbox import IDLE_S
 from serve.parts import Part, Started
 from serve.routing import Target
-from service.errors import ClusterError
+from service.errors import BusyError, ClusterError
 
 MAX_TRIES = 5  # replicas that say they have no stream, for one request
 SILENCE_S = 3 * IDLE_S  # a replica with requests is never silent for longer than IDLE_S: its node is gone
@@ -143,7 +143,7 @@ class EngineCalls:
             await asyncio.sleep(LEAVING_S)
             answering.fail(ClusterError("the engine gave the request up: it was not heard. Send it again."))
         except Exception as error:
-            answering.fail(error)
+            answering.fail(_ours(error))
         finally:
             del self._answering[request]
 
@@ -189,6 +189,15 @@ class EngineCalls:
         for answering in lost:
             answering.fail(ClusterError("the engine's replica was lost while it answered. Send the request again."))
             answering.cancel()
+
+
+def _ours(error: Exception) -> Exception:
+    """Ray Serve's errors as ours where, raised in a gateway, it would answer them itself: in plain text, with 503."""
+    if isinstance(error, BackPressureError):
+        return BusyError("the endpoint is full: no more requests can wait. Send it again in a second.")
+    if isinstance(error, DeploymentUnavailableError):
+        return ClusterError("the engine is down or being replaced. Try again in some seconds.")
+    return error
 
 
 async def _last_parts(answering: Answering) -> None:

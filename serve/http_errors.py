@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -40,13 +40,11 @@ def _answer(error: BaseException, error_id: str) -> tuple[int, dict[str, Any], B
     """Status, body, and the error itself out of Ray's wrapping."""
     if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
         error = error.cause
-    if isinstance(error, BackPressureError):
-        return 429, error_body("the endpoint is full. Try again in a second.", "rate_limit_error"), error
     if isinstance(error, TaskCancelledError):  # Ray Serve cancels what nobody waits for any more
         return 400, error_body("the client went away before its request was answered.", "invalid_request_error"), error
     if isinstance(error, HTTPException):
         return error.status_code, error_body(str(error.detail), "invalid_request_error"), error
-    if isinstance(error, (RayActorError, DeploymentUnavailableError, grpc.RpcError)):
+    if isinstance(error, (RayActorError, grpc.RpcError)):
         error = ClusterError("the engine is down or being replaced. Try again in some seconds.")
     return *error_answer(error, error_id), error
 

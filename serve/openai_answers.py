@@ -14,6 +14,7 @@ from urllib.parse import quote
 from serve.parts import Scored
 from serve.routing import UnknownModelError
 from service.errors import (
+    BusyError,
     ClusterError,
     ConfigError,
     ConflictError,
@@ -34,6 +35,7 @@ _STATUSES: tuple[tuple[type[BaseException], int, str], ...] = (
     (ModelError, 400, "invalid_request_error"),
     (NotFoundError, 404, "not_found_error"),
     (ConflictError, 409, "conflict_error"),
+    (BusyError, 429, "rate_limit_error"),
     (StorageError, 503, "service_unavailable_error"),
     (ClusterError, 503, "service_unavailable_error"),
     (TimeoutError, 504, "timeout_error"),

@@ -79,10 +79,17 @@ class EngineReplica:
 
     async def _answer(self, ask: Ask, target: Target, epoch: int, say: Callable[[Started | Part], None]) -> None:
         """Say `Started` and all parts of the answers. Errors of the request are raised before anything is said."""
+        with self._adapters.lines.join(target, ask.n * len(ask.prompts)) as at_hand:
+            await self._answer_in_turn(ask, target, epoch, at_hand, say)
+
+    async def _answer_in_turn(
+        self, ask: Ask, target: Target, epoch: int, at_hand: asyncio.Future[None], say: Callable[[Started | Part], None]
+    ) -> None:
         prompts = [await self._prompt_ids(prompt, ask.prompt_field) for prompt in ask.prompts]
         _check_scores(ask, sum(len(prompt) for prompt in prompts))
         samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
         echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
+        await at_hand
         answering = await self._adapters.admit(target, epoch)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 

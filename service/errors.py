@@ -8,6 +8,7 @@
     ├── NotFoundError     (LookupError)       a name that nothing answers to: names the known ones
     ├── ConflictError     (FileExistsError)   somebody else was first, or something still points here
     ├── RequestError      (ValueError)        an HTTP request's own mistake: carries the field
+    ├── BusyError         (RuntimeError)      as much is in line as is taken: the same may be taken later
     ├── StorageError      (OSError)           bytes could not be read, written or verified
     ├── ClusterError      (RuntimeError)      Ray: address, authentication, resources
     │   └── WorkerLostError                   a worker or its node died: trying again may help
@@ -66,6 +67,10 @@ class RequestError(LorayError, ValueError):
 
     def __reduce__(self) -> tuple[type[RequestError], tuple[str, str | None]]:
         return (type(self), (self.message, self.param))
+
+
+class BusyError(LorayError, RuntimeError):
+    """As many requests are running or in line as are taken; nothing is wrong with this one, and nothing is broken."""
 
 
 class StorageError(LorayError, OSError):

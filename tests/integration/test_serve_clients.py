@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
+from serve.lines import line_rows
+from serve.openai_api import MAX_CHOICES
 from service.registry import ManifestDraft
 from tests.integration import tiny
 from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, wait_until
@@ -105,6 +108,44 @@ def test_what_a_vanished_client_asked_for_is_not_generated(endpoint: Endpoint, s
     assert _count(endpoint, "loray_requests_total", 'end="cancelled"') == cancelled + 1
     assert _count(endpoint, "loray_completion_tokens_total") - tokens < 12_800  # of 25600
     assert _count(endpoint, "loray_requests_in_flight") == 0
+
+
+def test_a_full_line_is_429_with_the_adapters_name_and_only_for_it(loaded: Endpoint) -> None:
+    refused = _count(loaded, "loray_refused_requests_total", 'status="429"')
+    with _connected(loaded) as client:
+        client.sendall(_request(model="red", stream=True, n=MAX_CHOICES, max_tokens=200))
+        assert client.recv(1)
+        for stream in (False, True):
+            answer = loaded.post(model="red", stream=stream, max_tokens=1)
+            assert answer.status_code == 429, answer.text
+            assert answer.headers["retry-after"] == "1"
+            error = answer.json()["error"]
+            assert set(error) == {"message", "type", "param", "code"}
+            assert error["type"] == "rate_limit_error" and error["message"].startswith("red@1 is busy")
+        with pytest.raises(openai.RateLimitError):
+            loaded.ask("red@1")
+        assert loaded.ask("blue", max_tokens=1) and loaded.ask("base", max_tokens=1)
+        assert _count(loaded, "loray_refused_requests_total", 'status="429"') == refused + 3
+    wait_until(lambda: loaded.post(model="red", max_tokens=1).status_code == 200, "its line is empty again")
+
+
+def test_a_hundred_requests_in_line_delay_another_adapters_by_its_turn(loaded: Endpoint) -> None:
+    """Counted in answers, not in seconds: two turns of the slots, one to wait for and one for the answer itself, are 8."""
+
+    def answered() -> float:
+        return _count(loaded, "loray_requests_total", 'model="red@1"', 'end="ok"')
+
+    slots = loaded.replica()["slots"]
+    with contextlib.ExitStack() as stack:
+        for client in [stack.enter_context(_connected(loaded)) for _ in range(line_rows(slots))]:
+            client.sendall(_request(model="red", max_tokens=200))
+        wait_until(lambda: loaded.replica()["waiting"] >= 100, "red has a long line")
+        before = answered()
+        assert loaded.post(model="blue", max_tokens=200).status_code == 200
+        overtook = answered() - before
+        assert loaded.replica()["waiting"] > 40, "blue has overtaken most of the line"
+    assert overtook <= 6 * slots, "three times its due, for what ends while the gateway is asked"
+    wait_until(lambda: _is_idle(loaded), "what nobody waits for any more is gone")
 
 
 def test_nobody_can_ask_not_to_be_watched(endpoint: Endpoint) -> None:

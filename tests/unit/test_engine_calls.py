@@ -15,7 +15,7 @@ from serve.openai_api import Ask, parse_chat
 from serve.outbox import Batch, Outboxes
 from serve.parts import Part, Started, Taken
 from serve.routing import Target
-from service.errors import ClusterError, RequestError
+from service.errors import BusyError, ClusterError, RequestError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pydantic.warnings.PydanticDeprecatedSince20"
@@ -171,6 +171,25 @@ def test_what_is_wrong_with_a_request_is_raised_before_it_starts() -> None:
         with pytest.raises(RequestError, match="too long"):
             await text_of(calls)
         assert calls._answering == {}
+
+    run(test, refuse)
+
+
+def test_what_ray_serve_would_answer_itself_is_raised_as_ours() -> None:
+    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+    raised: list[Exception] = []
+
+    async def refuse(say: Say) -> None:
+        raise raised[-1]
+
+    async def test(calls: Any, handle: Handle, replica: Replica) -> None:
+        raised.append(BackPressureError(num_queued_requests=1, max_queued_requests=1))
+        with pytest.raises(BusyError, match="full"):
+            await text_of(calls)
+        raised.append(DeploymentUnavailableError(SimpleNamespace(name="Engine")))
+        with pytest.raises(ClusterError, match="being replaced"):
+            await text_of(calls)
 
     run(test, refuse)
 

@@ -11,6 +11,7 @@ from serve.openai_api import MAX_CHOICES, parse_chat, parse_text
 from serve.parts import Scored
 from serve.routing import UnknownModelError
 from service.errors import (
+    BusyError,
     ClusterError,
     ConfigError,
     ConflictError,
@@ -253,6 +254,7 @@ def test_max_completion_tokens_is_max_tokens() -> None:
         (ModelError("x"), 400),
         (NotFoundError("x"), 404),
         (ConflictError("x"), 409),
+        (BusyError("x"), 429),
         (StorageError("x"), 503),
         (ClusterError("x"), 503),
         (TimeoutError("x"), 504),

@@ -27,7 +27,9 @@ def line_rows(slots: int) -> int:
 
 
 @dataclass(eq=False)
-class _Place:
+class Place:
+    """A request's place: its `rows` that have not ended, and `turn`, which is done when they are at hand."""
+
     rows: int
     turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -37,7 +39,7 @@ class Lines:
 
     def __init__(self, slots: int) -> None:
         self._most, self._at_hand = line_rows(slots), AT_HAND_TURNS * slots
-        self._lines: dict[str, list[_Place]] = {}
+        self._lines: dict[str, list[Place]] = {}
 
     @property
     def num_waiting(self) -> int:
@@ -46,12 +48,9 @@ class Lines:
         return sum(place.rows for place in places if not place.turn.done())
 
     @contextmanager
-    def join(self, target: Target, rows: int) -> Iterator[asyncio.Future[None]]:
-        """A place in the line of `target`, until the request has ended; what is given is done when it is at hand.
-
-        BusyError, at once: the line is full.
-        """
-        line, place = self._lines.get(target.digest, []), _Place(rows)
+    def join(self, target: Target, rows: int) -> Iterator[Place]:
+        """A place in the line of `target`, until the request has ended. BusyError, at once: the line is full."""
+        line, place = self._lines.get(target.digest, []), Place(rows)
         before = sum(other.rows for other in line)
         if before + rows > self._most:
             raise BusyError(
@@ -62,7 +61,7 @@ class Lines:
         line.append(place)
         self._advance(line)
         try:
-            yield place.turn
+            yield place
         finally:
             line.remove(place)
             if line:
@@ -70,7 +69,12 @@ class Lines:
             else:
                 del self._lines[target.digest]
 
-    def _advance(self, line: list[_Place]) -> None:
+    def row_ended(self, target: Target, place: Place) -> None:
+        """One of the rows of a place has ended: the next in line is nearer."""
+        place.rows -= 1
+        self._advance(self._lines.get(target.digest, []))
+
+    def _advance(self, line: list[Place]) -> None:
         at_hand = 0
         for place in line:
             if at_hand >= self._at_hand:

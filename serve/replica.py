@@ -22,6 +22,7 @@ from serve.adapter_sync import AdapterSync
 from serve.adapter_uris import AdapterUris
 from serve.desired import Base, EndpointFiles
 from serve.engines import make_engine
+from serve.lines import Place
 from serve.openai_api import Ask, Prompt
 from serve.outbox import Batch, Outboxes
 from serve.parts import Part, Started, Taken, part_of
@@ -79,17 +80,17 @@ class EngineReplica:
 
     async def _answer(self, ask: Ask, target: Target, epoch: int, say: Callable[[Started | Part], None]) -> None:
         """Say `Started` and all parts of the answers. Errors of the request are raised before anything is said."""
-        with self._adapters.lines.join(target, ask.n * len(ask.prompts)) as at_hand:
-            await self._answer_in_turn(ask, target, epoch, at_hand, say)
+        with self._adapters.lines.join(target, ask.n * len(ask.prompts)) as place:
+            await self._answer_in_turn(ask, target, epoch, place, say)
 
     async def _answer_in_turn(
-        self, ask: Ask, target: Target, epoch: int, at_hand: asyncio.Future[None], say: Callable[[Started | Part], None]
+        self, ask: Ask, target: Target, epoch: int, place: Place, say: Callable[[Started | Part], None]
     ) -> None:
         prompts = [await self._prompt_ids(prompt, ask.prompt_field) for prompt in ask.prompts]
         _check_scores(ask, sum(len(prompt) for prompt in prompts))
         samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
         echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
-        await at_hand
+        await place.turn
         answering = await self._adapters.admit(target, epoch)
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
@@ -104,6 +105,8 @@ class EngineReplica:
             def on_chunk(chunk: Chunk) -> None:
                 say(part_of(choice, chunk, self._token_text, with_prompt_scores=ask.echo))
                 if chunk.finish_reason is not None:
+                    if not loop.is_closed():
+                        loop.call_soon_threadsafe(self._adapters.lines.row_ended, target, place)
                     running.down()
 
             return on_chunk

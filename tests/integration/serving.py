@@ -5,12 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 
-from service.registry import Registry
+from service.domain import ModelRef
+from service.registry import ManifestDraft, Registry
 from service.settings import Settings
 from tests.integration import waiting
 
@@ -67,3 +69,11 @@ def clear(endpoint: Endpoint) -> None:
         if name is not None:
             endpoint.http.delete(f"/v1/adapters/{name}").raise_for_status()
     wait_until(lambda: endpoint.names() == [], "all adapters are gone")
+
+
+def publish(endpoint: Endpoint, family: str, directory: Path) -> str:
+    """As the fixtures' red@1: for this base and its template."""
+    like = endpoint.registry.manifest(ModelRef.parse("red@1"))
+    kept = {"base_model", "base_digest", "renderer_digest", "rank", "alpha"}
+    draft = ManifestDraft.model_validate(like.model_dump(include=kept))
+    return endpoint.registry.publish(family, directory, draft).digest

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from serve.lines import line_rows
 from serve.openai_api import MAX_CHOICES
-from service.registry import ManifestDraft
 from tests.integration import tiny
-from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, wait_until
+from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, publish, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -255,7 +254,7 @@ def test_an_answer_that_the_model_breaks_off_is_500_with_an_id_and_others_go_on(
     wild = tiny.save_adapter(base, tmp_path / "wild", 8)
     tensors = load_file(wild / "adapter_model.safetensors")
     save_file({name: tensor * 1e30 for name, tensor in tensors.items()}, wild / "adapter_model.safetensors")
-    _publish(endpoint, "wild", wild)
+    publish(endpoint, "wild", wild)
     assert endpoint.put("wild", "wild@1").status_code == 200
     answer = endpoint.post(model="wild", max_tokens=5)
     assert answer.status_code == 500, answer.text
@@ -274,7 +273,7 @@ def test_an_adapter_whose_files_are_gone_is_refused_and_others_go_on(
 ) -> None:
     before = endpoint.ask("base")
     family = f"lost{len(lost)}"
-    digest = _publish(endpoint, family, tiny.save_adapter(base, tmp_path / family, 20 + len(lost)))
+    digest = publish(endpoint, family, tiny.save_adapter(base, tmp_path / family, 20 + len(lost)))
     stored = Path(endpoint.settings.home) / "models" / "default" / family / "1"
     assert stored.is_dir(), digest
     if lost == ".":
@@ -286,13 +285,3 @@ def test_an_adapter_whose_files_are_gone_is_refused_and_others_go_on(
     assert family in answer.json()["error"]["message"]
     assert family not in endpoint.names()
     assert endpoint.ask("base") == before
-
-
-def _publish(endpoint: Endpoint, family: str, directory: Path) -> str:
-    """As the fixtures' red@1: for this base and its template."""
-    from service.domain import ModelRef
-
-    like = endpoint.registry.manifest(ModelRef.parse("red@1"))
-    kept = {"base_model", "base_digest", "renderer_digest", "rank", "alpha"}
-    draft = ManifestDraft.model_validate(like.model_dump(include=kept))
-    return endpoint.registry.publish(family, directory, draft).digest

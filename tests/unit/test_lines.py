@@ -41,7 +41,7 @@ def test_a_full_line_refuses_its_own_and_names_it_and_no_other_line_notices() ->
         with pytest.raises(BusyError, match=f"red@1 is busy: it has {MOST - 1} answers .* with 2 more"):
             stack.enter_context(lines.join(RED, 2))
         stack.enter_context(lines.join(RED, 1))
-        assert stack.enter_context(lines.join(BLUE, MAX_CHOICES)).done()
+        assert stack.enter_context(lines.join(BLUE, MAX_CHOICES)).turn.done()
 
     run(test)
 
@@ -60,10 +60,10 @@ def test_the_first_are_at_hand_and_the_next_follow_in_their_order() -> None:
         ahead = [ExitStack() for _ in range(AT_HAND)]
         for one in ahead:
             stack.push(one)
-            assert one.enter_context(lines.join(RED, 1)).done()
-        later = [stack.enter_context(lines.join(RED, rows)) for rows in (3, 1)]
+            assert one.enter_context(lines.join(RED, 1)).turn.done()
+        later = [stack.enter_context(lines.join(RED, rows)).turn for rows in (3, 1)]
         assert lines.num_waiting == 4 and not any(turn.done() for turn in later)
-        assert stack.enter_context(lines.join(BLUE, 1)).done(), "another's line is not concerned"
+        assert stack.enter_context(lines.join(BLUE, 1)).turn.done(), "another's line is not concerned"
         ahead.pop(3).close()
         await later[0]
         assert lines.num_waiting == 1
@@ -76,10 +76,25 @@ def test_the_first_are_at_hand_and_the_next_follow_in_their_order() -> None:
     run(test)
 
 
+def test_the_rows_of_a_request_that_have_ended_make_room_before_the_request_ends() -> None:
+    async def test(lines: Lines, stack: ExitStack) -> None:
+        first = stack.enter_context(lines.join(RED, MOST))
+        with pytest.raises(BusyError):
+            stack.enter_context(lines.join(RED, 1))
+        lines.row_ended(RED, first)
+        second = stack.enter_context(lines.join(RED, 1))
+        for _ in range(MOST - AT_HAND):
+            assert not second.turn.done()
+            lines.row_ended(RED, first)
+        await second.turn
+
+    run(test)
+
+
 def test_a_caller_that_leaves_while_it_waits_keeps_nobody_waiting() -> None:
     async def waiting(lines: Lines) -> None:
-        with lines.join(RED, 1) as turn:
-            await turn
+        with lines.join(RED, 1) as place:
+            await place.turn
 
     async def test(lines: Lines, stack: ExitStack) -> None:
         with lines.join(RED, AT_HAND):

@@ -18,7 +18,7 @@ from service.errors import ClusterError, ConfigError, ModelError
 from service.registry import Registry
 from service.render import load_renderer
 from service.settings import Settings
-from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, wait_until
+from tests.integration.serving import HELLO, Endpoint
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -256,20 +256,6 @@ def test_answers_of_many_megabytes_arrive_whole(endpoint: Endpoint) -> None:
     assert {len(top) for choice in choices for top in choice["logprobs"]["top_logprobs"][1:]} == {20}
 
 
-def test_a_client_that_goes_away_frees_its_slot(endpoint: Endpoint) -> None:
-    for stream in (True, False):
-        body = {"model": "base", "messages": HELLO, "max_tokens": 200, "stream": stream}
-        with httpx.Client(base_url=endpoint.url, timeout=DEADLINE_S) as http:
-            if stream:
-                with http.stream("POST", "/v1/chat/completions", json=body) as response:
-                    next(response.iter_lines())
-            else:
-                with pytest.raises(httpx.ReadTimeout):
-                    http.post("/v1/chat/completions", json=body, timeout=0.05)
-        wait_until(lambda: endpoint.replica()["running"] == 0, "the slot is free")
-    assert endpoint.ask("base", max_tokens=1)
-
-
 def test_more_requests_than_slots_are_all_answered(endpoint: Endpoint) -> None:
     alone = endpoint.ask("base")
     with ThreadPoolExecutor(12) as pool:
@@ -278,6 +264,14 @@ def test_more_requests_than_slots_are_all_answered(endpoint: Endpoint) -> None:
 
 def test_health_is_told(endpoint: Endpoint) -> None:
     assert endpoint.http.get("/healthz").json() == {"status": "ok", "base_model": "base", "replicas": 1}
+
+
+def test_serve_lets_requests_go_on_for_as_long_as_the_config_says(endpoint: Endpoint, config: ServeConfig) -> None:
+    from serve import app
+
+    assert app._graceful_s("loray-test") == app.drain_s(config.engine)
+    with pytest.raises(ClusterError, match="loray-test could not be taken off Ray Serve within 0 s"):
+        app._await_gone("loray-test", 0.0)
 
 
 def test_a_wrong_config_leaves_the_running_endpoint_alone(endpoint: Endpoint, config: ServeConfig) -> None:

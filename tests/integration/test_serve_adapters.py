@@ -98,6 +98,25 @@ def test_short_columns_evict_the_idle_and_requests_bring_the_evicted_back(loaded
     assert loaded.ask("red") == before
 
 
+def test_a_pinned_adapter_makes_no_room_until_it_is_put_without_its_pin(loaded: Endpoint) -> None:
+    def states() -> dict[str, str]:
+        return {a["name"]: a["state"] for a in loaded.http.get("/v1/adapters").json()["data"]}
+
+    pinned: Any = {"params": {"wait": "resident"}, "json": {"model": "red@1", "pin": True}}
+    assert loaded.http.put("/v1/adapters/red", **pinned).status_code == 200
+    before = loaded.ask("red")
+    loaded.ask("blue")  # the one used last, so that red would be the one to go
+    loaded.http.put("/v1/adapters/wide", json={"model": "wide@1"}).raise_for_status()
+    refused = loaded.post(model="wide", max_tokens=1)
+    assert refused.status_code == 409, refused.text
+    assert "needs 24 columns, and pinned adapters leave 16" in refused.json()["error"]["message"]
+    assert loaded.put("other", "red@2").status_code == 200
+    assert states()["red"] == "resident" and loaded.ask("red") == before
+    assert loaded.put("red", "red@1").status_code == 200  # without its pin
+    assert loaded.ask("wide", max_tokens=1)
+    assert states()["red"] == "cached"
+
+
 def test_without_room_a_put_says_pending_and_keeps_the_registration(endpoint: Endpoint) -> None:
     endpoint.put("wide", "wide@1")
     answered = threading.Event()

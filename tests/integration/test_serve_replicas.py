@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60
 ]
-NUM_STREAMS = 6
+NUM_STREAMS, NUM_ANSWERS = 6, 16
 STEADY_S = 4.0  # the router hears of residents once a second, through Serve's controller
 
 
@@ -44,8 +44,8 @@ def pair(ray_cluster: str, base: Path, registry: Registry, settings: Settings) -
 
 
 def _states(pair: Endpoint) -> dict[str, str]:
-    """The state of the only adapter, by replica."""
-    (adapter,) = pair.http.get("/v1/adapters").json()["data"]
+    """The state of red, by replica."""
+    (adapter,) = (one for one in pair.http.get("/v1/adapters").json()["data"] if one["name"] == "red")
     return {replica: report["state"] for replica, report in adapter["replicas"].items()}
 
 
@@ -65,6 +65,19 @@ def test_requests_go_where_their_adapter_is_resident(pair: Endpoint) -> None:
     expected = {name: pair.ask(f"{name}@1") for name in names}
     assert len(set(expected.values())) == 3
 
+    conversation = _each_on_its_own(pair, names, [["blue", "red"], ["wide"]])
+    before = _resident(pair)
+    for _ in range(30):
+        assert conversation() == before
+    for name in names:
+        assert pair.ask(f"{name}@1") == expected[name]
+    clear(pair)
+
+
+def _each_on_its_own(
+    pair: Endpoint, names: Sequence[str], groups: list[list[str]]
+) -> Callable[[], dict[str, set[str]]]:
+    """Ask until these are resident apart, and the router knows; what asks each once more, and says who is where."""
     numbers = itertools.count()
     seen: list[tuple[float, dict[str, set[str]]]] = []  # since when everything has been where it is
 
@@ -79,64 +92,68 @@ def test_requests_go_where_their_adapter_is_resident(pair: Endpoint) -> None:
         now = conversation()
         if not seen or seen[-1][1] != now:
             seen.append((time.monotonic(), now))
-        each_its_own = sorted(map(sorted, now.values())) == [["blue", "red"], ["wide"]]
-        return each_its_own and time.monotonic() - seen[-1][0] > STEADY_S
+        return sorted(map(sorted, now.values())) == groups and time.monotonic() - seen[-1][0] > STEADY_S
 
     wait_until(settled, "each replica has its own adapters, and the router knows")
-    before = _resident(pair)
-    for _ in range(30):
-        assert conversation() == before
-    for name in names:
-        assert pair.ask(f"{name}@1") == expected[name]
-    clear(pair)
+    return conversation
 
 
-def _replica_pids(cluster: str) -> list[int]:
+def _replica_pids(cluster: str) -> dict[str, int]:
+    """Of the engines, by the last part of the replica's name."""
     from ray.util.state import list_actors
 
     actors: Any = list_actors(address=cluster, filters=[("state", "=", "ALIVE")], detail=True)
-    return [
-        actor.pid for actor in actors if actor.class_name.startswith("ServeReplica:") and "Engine" in actor.class_name
-    ]
+    return {
+        actor.name.rpartition("#")[2]: actor.pid
+        for actor in actors
+        if actor.class_name.startswith("ServeReplica:") and "Engine" in actor.class_name
+    }
 
 
 def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(
     pair: Endpoint, ray_cluster: str
 ) -> None:
     clear(pair)
-    put = pair.http.put("/v1/adapters/red", params={"wait": "all_replicas"}, json={"model": "red@1"})
-    assert put.status_code == 200, put.text
-    before = _states(pair)
-    assert len(before) == 2 and set(before.values()) == {"resident"}
-    expected = pair.ask("red@1", max_tokens=200)
+    names = ("red", "wide")  # 8 + 24 columns: they cannot share a replica's 24
+    for name in names:
+        assert pair.http.put(f"/v1/adapters/{name}", json={"model": f"{name}@1"}).status_code in (200, 202)
+    _each_on_its_own(pair, names, [["red"], ["wide"]])
+    before = _resident(pair)
+    expected = {name: pair.ask(f"{name}@1", max_tokens=200) for name in names}
+    assert expected["red"] != expected["wide"]
     pids = _replica_pids(ray_cluster)
+    (victim,) = (replica for replica, resident in before.items() if resident == {"red"})
     assert len(pids) == 2
 
-    def stream(number: int) -> str:
-        body: Any = {"model": "red@1", "messages": HELLO, "max_tokens": 200, "temperature": 0, "stream": True}
-        chunks = pair.client.chat.completions.create(**body)
+    def stream(name: str) -> list[str] | Exception:
+        body: Any = {"model": f"{name}@1", "messages": HELLO, "max_tokens": 200, "temperature": 0}
+        texts = [""] * NUM_ANSWERS
         try:
-            return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            for chunk in pair.client.chat.completions.create(**body, stream=True, n=NUM_ANSWERS):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.delta.content or ""
         except (openai.APIError, httpx.HTTPError) as error:
-            return f"failed: {error}"
+            return error
+        return texts
+
+    def waiting() -> list[int]:
+        return [replica["waiting"] for replica in pair.http.get("/v1/adapters").json()["replicas"].values()]
 
     with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        answers = [pool.submit(stream, number) for number in range(NUM_STREAMS)]
-        wait_until(
-            lambda: sum(r["running"] for r in pair.http.get("/v1/adapters").json()["replicas"].values()) > 1, "both run"
-        )
-        os.kill(pids[0], signal.SIGKILL)
-        texts = [answer.result() for answer in answers]
-    whole = [text for text in texts if text == expected]
-    failed = [text for text in texts if text.startswith("failed: ")]
-    assert whole, texts
-    assert len(whole) + len(failed) == NUM_STREAMS, "no answer is cut short without an error"
+        streams = {name: [pool.submit(stream, name) for _ in range(NUM_STREAMS // 2)] for name in names}
+        # Two of the three streams of each would be fewer than this.
+        wait_until(lambda: min(waiting()) > (NUM_STREAMS // 2 - 1) * NUM_ANSWERS, "each replica has its three streams")
+        os.kill(pids[victim.rpartition("-")[2]], signal.SIGKILL)
+        ends = {name: [one.result() for one in streams[name]] for name in names}
+    assert all(isinstance(end, Exception) for end in ends["red"]), "no answer is cut short without an error"
+    assert ends["wide"] == [[expected["wide"]] * NUM_ANSWERS] * (NUM_STREAMS // 2)
+    pair.http.delete("/v1/adapters/wide").raise_for_status()
     for _ in range(8):
-        assert pair.ask("red@1", max_tokens=200) == expected
+        assert pair.ask("red@1", max_tokens=200) == expected["red"]
 
     def converged() -> bool:
-        now = _states(pair)
-        return len(set(now) - set(before)) == 1 and set(now.values()) == {"resident"}
+        states = _states(pair)
+        return victim not in states and [states[new] for new in set(states) - set(before)] == ["resident"]
 
     wait_until(converged, "the new replica has the adapter")
     assert len(_replica_pids(ray_cluster)) == 2

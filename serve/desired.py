@@ -114,13 +114,15 @@ class EndpointFiles:
     def reports(self) -> list[ReplicaReport]:
         """Every replica's last state, the dead ones' too."""
         directory = storage.join(self.home, "endpoints", self.endpoint, "replicas")
-        found = []
-        for name in storage.list_names(directory):
+
+        def read(name: str) -> ReplicaReport | None:
             try:
-                found.append(_parsed(ReplicaReport, storage.read_bytes(storage.join(directory, name)), name))
+                return _parsed(ReplicaReport, storage.read_bytes(storage.join(directory, name)), name)
             except NotFoundError:
-                continue  # ended between listing and reading
-        return found
+                return None  # ended between listing and reading
+
+        found = storage.read_together(read, storage.list_names(directory), self.home)
+        return [report for report in found if report is not None]
 
     def live_reports(self, now_s: float) -> list[ReplicaReport]:
         """The state of the replicas whose heart still beats."""

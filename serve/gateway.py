@@ -38,7 +38,7 @@ from service.domain import ModelRef
 from service.errors import ClusterError, ModelError, NotFoundError, RequestError
 from service.registry import Registry
 
-ROUTES_AGE_S = 1.0
+ROUTES_AGE_S = 2.0  # they are read every second
 _WAIT_EVERY_S = 0.1
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
 http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
@@ -64,6 +64,7 @@ class Gateway:
         self._document = document(files.endpoint, with_keys=bool(keys))
         self._metrics = Metrics()
         self._routes = LastKnown(self._read_routes, "adapters")
+        self._routes.follow()  # an alias that moves while nobody asks is loaded by the time somebody does
         self._reports = LastKnown(self._read_reports, "replicas")
         self._hashing = ThreadPoolExecutor(1, "loray-uris")  # whole adapters: the other threads stay free for requests
         self._behind: dict[str, str] = {}  # why a label has not followed its alias
@@ -270,6 +271,6 @@ class Gateway:
         """What is registered, after every name that follows an alias has taken over where that points now."""
         desired = self._files.read()
         families = {ModelRef.parse(entry.model).family for entry in desired.adapters.values() if not entry.source}
-        aliases = {family: self._registry.aliases(family) for family in families}
+        aliases = self._registry.aliases_of(sorted(families))
         desired, self._behind = follow(self._files, desired, aliases, self._base, self._registry)
         return Routes(self._base.name, self._base.digest, desired.adapters, aliases, desired.splits), desired.epoch

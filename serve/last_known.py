@@ -2,7 +2,7 @@
 
 One reading at a time, on a thread. A store that keeps silent, or fails, holds a request up once at most, for PATIENCE_S:
 until it answers again, requests get the last known value at once. It is asked again every AGAIN_S, whether requests come
-or not.
+or not; a value that is followed always is.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ class LastKnown(Generic[ValueT]):
         self._changed_at = 0.0
         self._away = False  # the last reading failed, or is not done after PATIENCE_S
         self._reading: asyncio.Task[Exception | None] | None = None
-        self._asking: asyncio.Task[None] | None = None  # while the store is away
+        self._followed = False
+        self._asking: asyncio.Task[None] | None = None  # while the store is away, or for ever
+
+    def follow(self) -> None:
+        """Read every AGAIN_S from now on. To be called on the event loop."""
+        self._followed = True
+        self._asking = asyncio.create_task(self._ask_again())
 
     def changed(self) -> None:
         """Somebody here has just written to the store: what was read before is old, and the store answers."""
@@ -82,9 +88,15 @@ class LastKnown(Generic[ValueT]):
             self._asking = asyncio.create_task(self._ask_again())
 
     async def _ask_again(self) -> None:
-        while self._away:
+        said = ""
+        while self._away or self._followed:
             await asyncio.sleep(AGAIN_S)
             if self._reading is None:
                 self._reading = asyncio.create_task(self._refresh())
-            await asyncio.wait({self._reading})
+            reading = self._reading
+            await asyncio.wait({reading})
+            error = reading.result()
+            if error is not None and str(error) != said and not isinstance(error, StorageError):
+                _log.warning("the %s cannot be read: %s", self._what, error)
+                said = str(error)
         self._asking = None

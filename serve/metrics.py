@@ -1,7 +1,8 @@
 """What Prometheus reads of an endpoint: requests as the gateway sees them, slots and adapters as the replicas report them.
 
-Labels are few on purpose: `model` is the version that answered, `split` and `arm` say why. Beyond MAX_SERIES of them the
-rest counts as "other", so that no client can make the numbers grow. `gateway.py` calls this; no HTTP here.
+Labels are few on purpose: `model` is the version that answered, `split` and `arm` say why. There are at most MAX_SERIES of
+them: a new one takes the place of the one that was idle for longest, or counts as "other" while all are in use.
+`gateway.py` calls this; no HTTP here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _GAP_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 _WHOLE_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 Series = tuple[str, str, str]
+OTHER: Series = ("other", "", "")
 
 
 class Metrics:
@@ -31,7 +33,7 @@ class Metrics:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
-        self._seen: set[Series] = set()
+        self._in_flight: dict[Series, int] = {}  # of every series, the one that began a request last at the end
         made: dict[str, Any] = {"registry": self._registry}
         self._requests = Counter("loray_requests", "Requests by how they ended.", (*_LABELS, "end"), **made)
         self._prompt = Counter("loray_prompt_tokens", "Tokens of prompts.", _LABELS, **made)
@@ -64,10 +66,25 @@ class Metrics:
 
     def observed(self, stream: Any, started: Started, series: Series, since: float, n: int = 1) -> Observed:
         """The stream of `n` answers to each prompt, counted as it passes."""
-        if series not in self._seen and len(self._seen) >= MAX_SERIES:
-            series = ("other", "", "")
-        self._seen.add(series)
+        if series not in self._in_flight and len(self._in_flight) >= MAX_SERIES and not self._forget_one():
+            series = OTHER
+        self._in_flight[series] = self._in_flight.pop(series, 0) + 1
         return Observed(self, stream, started, series, since, n)
+
+    def ended(self, series: Series) -> None:
+        """One of the streams of this series has ended."""
+        self._in_flight[series] -= 1
+
+    def _forget_one(self) -> bool:
+        """Forget the series that was idle for longest; False where each has a request in flight."""
+        idle = next((series for series, running in self._in_flight.items() if not running and series != OTHER), None)
+        if idle is None:
+            return False
+        del self._in_flight[idle]
+        counters = (self._requests, self._prompt, self._cached, self._tokens)
+        for metric in (*counters, self._running, self._first, self._gaps, self._whole):
+            metric.remove_by_labels(dict(zip(_LABELS, idle, strict=True)))
+        return True
 
     def text(self, reports: Sequence[ReplicaReport]) -> bytes:
         """All of it in Prometheus' text format, with what the live replicas report."""
@@ -117,6 +134,7 @@ class Observed:
             self._open = False
             m = self._metrics
             m._running.labels(*self._series).dec()
+            m.ended(self._series)
             m._requests.labels(*self._series, how).inc()
             if how == "ok":
                 m._whole.labels(*self._series).observe(m.now() - self._since)

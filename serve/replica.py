@@ -26,10 +26,11 @@ from serve.lines import Place
 from serve.openai_api import Ask, Prompt
 from serve.outbox import Batch, Outboxes
 from serve.parts import Part, Started, Taken, part_of
+from serve.prompts import Prompts
 from serve.routing import Target
 from service.base_models import resolve_base_model
 from service.config import EngineBlock
-from service.errors import ClusterError, DataError, ModelError, RequestError
+from service.errors import ClusterError, ModelError, RequestError
 from service.inference.engine import Chunk, GenerationRequest, OnChunk, SamplingParams
 
 MAX_SCORES = 2**18  # log-probabilities of prompts in one answer
@@ -53,7 +54,7 @@ class EngineReplica:
         self._adapters.start()
         self._outboxes = Outboxes()
         self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))
-        self._tokenizing = asyncio.Lock()  # the tokenizer is not to be used by two threads at once
+        self._prompts = Prompts(lambda: load_renderer(model.path, base.chat_template), self._engine.max_context)
 
     async def stream(self, gateway: str, replica: str) -> AsyncIterator[Batch]:
         """All that this replica has to say to a gateway's requests, a batch per step. ClusterError: it is not `replica`."""
@@ -86,7 +87,7 @@ class EngineReplica:
     async def _answer_in_turn(
         self, ask: Ask, target: Target, epoch: int, place: Place, say: Callable[[Started | Part], None]
     ) -> None:
-        prompts = [await self._prompt_ids(prompt, ask.prompt_field) for prompt in ask.prompts]
+        prompts = [await self._prompts.ids(prompt, ask.prompt_field) for prompt in ask.prompts]
         _check_scores(ask, sum(len(prompt) for prompt in prompts))
         samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
         echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
@@ -170,23 +171,6 @@ class EngineReplica:
             running.down()
             raise
         running.down()
-
-    async def _prompt_ids(self, prompt: Prompt, field: str) -> tuple[int, ...]:
-        """A conversation through the template; a text with the special tokens its tokenizer adds; token ids as they are."""
-
-        def ids() -> tuple[int, ...]:
-            if isinstance(prompt, str):
-                return tuple(self._renderer.tokenizer(prompt)["input_ids"])
-            messages: Any = prompt
-            return tuple(self._renderer.prompt_ids(messages))
-
-        if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            return prompt
-        try:
-            async with self._tokenizing:
-                return await asyncio.to_thread(ids)
-        except DataError as error:
-            raise RequestError(f"{field}: {error}", field) from None
 
     def _text(self, prompt: Prompt, ids: tuple[int, ...]) -> str:
         return prompt if isinstance(prompt, str) else str(self._renderer.tokenizer.decode(ids))

@@ -22,7 +22,7 @@ import random
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -142,6 +142,10 @@ class Registry:
     def aliases(self, family: str) -> dict[str, int]:
         """Alias -> version; {} when there are none."""
         return self._read_aliases(_family(family))[0]
+
+    def aliases_of(self, families: Sequence[str]) -> dict[str, dict[str, int]]:
+        """`aliases` of each family."""
+        return dict(zip(families, storage.read_together(self.aliases, families, self.home), strict=True))
 
     def set_alias(self, family: str, alias: str, version: int) -> None:
         """Points the alias at an existing version. Of concurrent calls each takes effect, one after the other."""

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 from urllib.parse import unquote
 
 from service import s3
@@ -31,6 +31,8 @@ from service.errors import ConfigError, ConflictError, LorayError, NotFoundError
 
 _COPY_BYTES = 2**20
 _PARALLEL_READS = 16
+NameT = TypeVar("NameT")
+ValueT = TypeVar("ValueT")
 
 
 def join(uri: str, *parts: str) -> str:
@@ -96,11 +98,16 @@ def read_tagged(uri: str) -> tuple[bytes, str]:
 
 
 def read_many(uris: Sequence[str]) -> list[bytes]:
-    """The files' contents in this order; on S3 sixteen at a time, because each costs a round trip."""
-    if not uris or is_local(uris[0]):
-        return [read_bytes(uri) for uri in uris]
+    """The files' contents in this order."""
+    return read_together(read_bytes, uris, uris[0]) if uris else []
+
+
+def read_together(read: Callable[[NameT], ValueT], names: Sequence[NameT], home: str) -> list[ValueT]:
+    """`read` of each name, in this order; where `home` is on S3 sixteen at a time, because each costs a round trip."""
+    if is_local(home):
+        return [read(name) for name in names]
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        return list(pool.map(read_bytes, uris))
+        return list(pool.map(read, names))
 
 
 def read_chunks(uri: str, num_bytes: int) -> Iterator[bytes]:

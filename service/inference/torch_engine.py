@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 _PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
 _PROMPT_TOKENS_ALONE = {"cpu": 256, "cuda": 1024}
 _SCORED_TOKENS = 128  # of one prompt, where its log-probabilities are wanted: each is a row of the whole vocabulary
+_MAX_FAILED = 5  # steps in a row, none of which answered anybody: it's not the requests, it's the engine
 
 
 class TorchEngine:
@@ -104,6 +105,7 @@ class TorchEngine:
         self._closing = False
         self._thread: threading.Thread | None = None
         self._advanced_at = time.monotonic()
+        self._num_failed = 0  # forwards in a row
 
     @property
     def max_rank(self) -> int:
@@ -194,9 +196,14 @@ class TorchEngine:
             return EngineStats(len(self._in_flight) - waiting, waiting, self._prefixes.num_bytes)
 
     def check(self) -> None:
-        """Raises RuntimeError when the thread has died, or nothing has advanced for `stall_after_s` with work pending."""
+        """Raises RuntimeError: the thread has died, nothing has advanced for `stall_after_s` with work pending, or every step fails."""
         if self._thread and not self._thread.is_alive() and not self._closing:
             raise RuntimeError("the engine's thread has died: restart the replica; the log has the reason.")
+        if self._num_failed >= _MAX_FAILED:
+            raise RuntimeError(
+                f"the engine's last {self._num_failed} steps have all failed (allowed: {_MAX_FAILED - 1} in a row): restart "
+                "the replica; the log has the reasons."
+            )
         idle_s = time.monotonic() - self._advanced_at
         if self._pending() and idle_s > self._stall_after_s:
             raise RuntimeError(
@@ -341,7 +348,8 @@ class TorchEngine:
                 room -= len(tokens)
             if tokens:
                 taking.append((sequence, Piece(sequence.slot, tokens)))
-        self._guarded(lambda: self._forward(taking), [sequence for sequence, _ in taking])
+        done = self._guarded(lambda: self._forward(taking), [sequence for sequence, _ in taking])
+        self._num_failed = 0 if done else self._num_failed + 1
 
     def _forward(self, taking: Sequence[tuple[RequestState, Piece]]) -> None:
         pieces = [piece for _, piece in taking]
@@ -464,12 +472,14 @@ class TorchEngine:
             log.exception("a listener failed; its request is cancelled")
             sequence.cancelled = True
 
-    def _guarded(self, work: Callable[[], None], concerned: list[RequestState]) -> None:
-        """Run a part of a step; what it raises ends the requests concerned, not the engine."""
+    def _guarded(self, work: Callable[[], None], concerned: list[RequestState]) -> bool:
+        """Run a part of a step; what it raises ends the requests concerned, not the engine. Whether it was done."""
         try:
             work()
+            return True
         except Exception as error:
             log.exception("a step failed; %d requests end with an error", len(concerned))
             reason = f"the engine failed in a step ({type(error).__name__}); nothing more is generated. Send it again."
             for sequence in concerned:
                 self._finish(sequence, "error", error=reason)
+            return False

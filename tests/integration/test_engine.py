@@ -609,6 +609,29 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     assert not engine._decoder.slots.kv_LSHCD.any()
 
 
+def test_an_engine_whose_every_step_fails_is_not_healthy(llama: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = llama.engine()
+
+    def broken(*args: Any) -> torch.Tensor:
+        raise RuntimeError("the device is lost")
+
+    def fail(times: int) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._decoder, "forward", broken)
+            for _ in range(times):
+                with pytest.raises(ModelError, match="Send it again"):
+                    engine.generate(llama.requests("a")[:1])
+
+    fail(4)
+    engine.check()
+    assert engine.generate(llama.requests("a")[:1]) == [llama.expected["a"][0]]
+    fail(4)
+    engine.check()  # a step that is done begins the count anew
+    fail(1)
+    with pytest.raises(RuntimeError, match="last 5 steps have all failed"):
+        engine.check()
+
+
 def test_a_schema_too_costly_to_follow_ends_its_own_answer_as_an_error(
     llama: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

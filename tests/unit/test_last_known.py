@@ -54,6 +54,24 @@ def test_a_value_is_read_again_when_it_is_old_or_was_changed_and_once_for_all() 
     asyncio.run(body())
 
 
+def test_a_value_that_is_followed_is_read_whether_anybody_asks_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        monkeypatch.setattr(last_known, "AGAIN_S", 0.0)
+        store = Store()
+        known = LastKnown(store.read, "value")
+        known.follow()
+        await until(lambda: store.num_read > 3)
+        store.error = True
+        after = store.num_read
+        await until(lambda: store.num_read > after + 3)
+        store.error, store.value = False, 2
+        after = store.num_read
+        await until(lambda: store.num_read > after + 3)
+        assert await known.get(60.0) == 2
+
+    asyncio.run(body())
+
+
 def test_a_change_while_it_is_read_is_not_missed() -> None:
     async def body() -> None:
         store = Store()

@@ -88,7 +88,20 @@ def test_the_number_of_labels_is_bounded() -> None:
     for number in range(MAX_SERIES + 50):
         metrics.observed(Stream(), STARTED, (f"m@{number}", "", ""), since=0.0)
     models = {name[1] for name in _values(metrics) if name[0] == "loray_requests_in_flight"}
-    assert len(models) == MAX_SERIES + 1 and "other" in models
+    assert len(models) == MAX_SERIES + 1 and "other" in models  # all of them are in flight
+
+
+def test_a_new_version_takes_the_place_of_the_one_that_was_idle_for_longest() -> None:
+    metrics = Metrics()
+    running = metrics.observed(Stream(), STARTED, ("m@0", "", ""), since=0.0)
+    for number in range(1, MAX_SERIES + 51):
+        metrics.observed(Stream(), STARTED, (f"m@{number}", "", ""), since=0.0).cancel()
+    values = _values(metrics)
+    newest = {"m@0", *(f"m@{number}" for number in range(52, MAX_SERIES + 51))}
+    assert {name[1] for name in values if name[0] == "loray_requests_in_flight"} == newest
+    assert {name[1] for name in values if name[0] == "loray_requests_total"} == newest - {"m@0"}
+    running.cancel()
+    assert _values(metrics)[("loray_requests_in_flight", "m@0", "", "")] == 0
 
 
 def test_replicas_refusals_and_keyless_requests_are_told() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import ray
 
 from tests.integration.serving import HELLO, Endpoint
 from tests.integration.waiting import wait_until
@@ -23,6 +22,7 @@ REPLACED_S = 240.0  # Serve looks every 10 s, gives up after three, and starts a
 
 def _engine_actor() -> tuple[str, Any]:
     """Name and handle of the one engine replica that lives."""
+    import ray
     from ray.util.state import list_actors
 
     (name,) = {
@@ -35,6 +35,8 @@ def _engine_actor() -> tuple[str, Any]:
 
 def _in_engine(actor: Any, change: Callable[[Any], None]) -> None:
     """Run `change(engine)` in the replica's own process."""
+
+    import ray
 
     def call(replica: Any) -> None:
         change(replica._replica_impl._user_callable_wrapper._callable._engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import threading
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from service.domain import BaseBits
 from service.errors import ConflictError, ModelError, NotFoundError, RequestError
 from service.inference import grammar
 from service.inference.engine import Chunk, GenerationRequest, SamplingParams
+from service.inference.slot_attention import Piece
 from service.inference.torch_engine import TorchEngine
 from service.quantised import keep_unpacked, loading_options
 
@@ -473,6 +475,42 @@ def test_an_adapter_that_overflows_ends_its_own_row_only(llama: Bench, tmp_path:
         assert answer.reason == "error" and "not finite" in str(answer.chunks[-1].error)
     for request, answer in good:
         assert answer.text == llama.expected[request.adapter][llama.prompts.index(request.prompt_ids)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rows_logits_do_not_depend_on_what_other_rows_and_adapters_hold(
+    llama: Bench, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Bit for bit, over a prompt in pieces and decoding, whoever the others are: NaN and overflow included."""
+    wild = tmp_path / "wild"
+    shutil.copytree(llama.adapters["a"], wild)
+    _edit_tensors(wild, lambda tensors: tensors.update({name: t * 1e30 for name, t in tensors.items()}))
+    engine = llama.engine(dtype=dtype, max_lora_columns=32)
+    engine.load_adapter("wild", wild)
+    decoder, mine = engine._decoder, tuple(range(3, 11))
+    cuts = [slice(0, 3), slice(3, len(mine) - 1), slice(len(mine) - 1, None)]
+
+    def logits_of_mine(owner: str | None, seed: int) -> list[torch.Tensor]:
+        """Of the third of four rows; the fourth is the wild adapter's."""
+        draw, seen = random.Random(seed), []
+        slots = [decoder.slots.take() for _ in range(4)]
+        owners = [draw.choice([None, *llama.adapters]), draw.choice([None, *llama.adapters]), owner, "wild"]
+        for cut in cuts:
+            rows = [tuple(draw.randrange(len(TOKENIZER)) for _ in mine[cut]) for _ in slots]
+            rows[2] = mine[cut]
+            logits_NV = decoder.forward([Piece(slot, row) for slot, row in zip(slots, rows, strict=True)], owners)
+            assert not logits_NV[3].isfinite().all(), "the wild row overflows, else half of this proves nothing"
+            seen.append(logits_NV[2].clone())
+        for slot in slots:
+            decoder.release(slot)
+        return seen
+
+    expected = {owner: logits_of_mine(owner, 0) for owner in (None, *llama.adapters)}
+    assert not torch.equal(expected[None][-1], expected["a"][-1])
+    for owner, logits in expected.items():
+        assert all(row.isfinite().all() for row in logits)
+        for seed in range(1, 9):
+            assert all(map(torch.equal, logits_of_mine(owner, seed), logits)), (owner, seed)
 
 
 def test_a_swap_while_running_leaves_running_rows_as_they_were(llama: Bench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,8 @@ def _in_engine(actor: Any, change: Callable[[Any], None]) -> None:
     """Run `change(engine)` in the replica's own process."""
 
     import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the replica cannot import the tests
 
     def call(replica: Any) -> None:
         change(replica._replica_impl._user_callable_wrapper._callable._engine)

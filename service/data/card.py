@@ -1,6 +1,6 @@
 """The card of a checkup: for a terminal, and as Markdown. `Checkup.as_json()` is the third of its shapes.
 
-Nothing of the data stands on it but names of classes and what problems quote, and both come escaped.
+Nothing of the data stands on it but names of files and classes and what problems quote, all of it escaped.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 def table(checkup: Checkup) -> RenderableType:
     """For a terminal: the figures, the histogram of tokens, the findings."""
-    figures = Table("figure", "value", title=Text(checkup.name), title_justify="left", show_header=False)
+    figures = Table("figure", "value", title=Text(_plain(checkup.name)), title_justify="left", show_header=False)
     for name, value in _figures(checkup):
         figures.add_row(name, Text(value))
     parts: list[RenderableType] = [figures]
@@ -42,7 +42,7 @@ def table(checkup: Checkup) -> RenderableType:
 
 def markdown(checkup: Checkup) -> str:
     """The same for a file beside the data, or for a pull request."""
-    lines = [f"# Data card: {_cell(checkup.name)}", "", verdict(checkup), "", "| figure | value |", "|---|---|"]
+    lines = [f"# Data card: {_cell(_plain(checkup.name))}", "", verdict(checkup), "", "| figure | value |", "|---|---|"]
     lines += [f"| {name} | {_cell(value)} |" for name, value in _figures(checkup)]
     if checkup.tokens:
         lines += ["", "| tokens | examples |", "|---|---|"]
@@ -74,7 +74,7 @@ def _figures(checkup: Checkup) -> Iterator[tuple[str, str]]:
         yield "languages", f"{shares} (of {looked_at:,} rows)"
     yield "near duplicates", f"looked for in {checkup.near_rows:,} rows" if checkup.near_rows else "not looked for"
     if checkup.against:
-        yield "compared with", f"{checkup.against} ({checkup.against_rows:,} rows)"
+        yield "compared with", f"{_plain(checkup.against)} ({checkup.against_rows:,} rows)"
     if not checkup.tokens:
         yield "tokens", "not counted: --run RUN.YAML names the model"
         return
@@ -112,6 +112,11 @@ def _bar(share: float) -> str:
     """A bar of _BAR characters for 1, drawn in eighths of a character."""
     whole, eighths = divmod(round(share * _BAR * 8), 8)
     return "█" * whole + _EIGHTHS[eighths].strip()
+
+
+def _plain(text: str) -> str:
+    """A name of a file, which may hold anything, without what a terminal obeys."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def _cell(text: str) -> str:

@@ -84,7 +84,7 @@ def test_the_json_card_is_the_whole_output(loray: Loray, tmp_path: Path) -> None
 def test_good_and_bad_rows_lie_apart_and_none_is_lost(loray: Loray, tmp_path: Path) -> None:
     lines = _clean(60)
     unreadable = b'{"messages": caf\xe9'
-    wrong = b'{"messages": [{"role": "bot", "content": "Hi"}], "id": 7}'
+    wrong = b'{"messages": [{"role": "bot"}], "id": 7}'  # an unknown role, and no content
     given = [*lines[:10], unreadable, *lines[10:20], b"", wrong, *lines[20:], lines[5]]
     out = tmp_path / "apart"
     code, printed, _ = loray(str(_file(tmp_path, given)), "--quarantine", str(out))

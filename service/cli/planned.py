@@ -30,7 +30,16 @@ def data_table(data: Prepared | RunPlan) -> Table:
     for side, card in (("train", data.train), ("eval", data.eval), ("test", data.test)):
         if card:
             table.add_row(*_data_row(side, card))
+    table.caption_justify, table.caption = "left", Text("\n".join(_half_checked(data)))
     return table
+
+
+def _half_checked(data: Prepared | RunPlan) -> Iterator[str]:
+    """The sources of whose checkup nothing is known but of their first rows."""
+    for checkup in data.checkups:
+        if not checkup.whole:
+            looked_at = checkup.rows + checkup.unreadable
+            yield f"The checkup read the first {looked_at:,} rows. All: loray data check {checkup.name}"
 
 
 def findings_table(data: Prepared | RunPlan) -> list[Table]:

@@ -4,8 +4,8 @@
     refuse(checkup)                      # DataError with all errors at once
 
 One pass, streamed: `observed.py` looks at the rows, `findings.py` says what is wrong with them and from where on
-(`thresholds.py`), `card.py` shows it. An error stops training; a warning is for somebody to judge. Cheap by default: what costs more than 0.2 ms a row (tokens, near
-duplicates) has to be asked for.
+(`thresholds.py`), `card.py` shows it. An error stops training; a warning is for somebody to judge. Cheap by default: what
+costs more than 0.2 ms a row (tokens, near duplicates) has to be asked for.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Checkup:
     against_rows: int
     tokens: Tokens | None
     findings: tuple[Finding, ...]
+    whole: bool = True  # False: there are more rows, which were not looked at
     marks: tuple[Mark, ...] = field(default=(), repr=False, compare=False)
 
     @property

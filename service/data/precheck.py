@@ -1,7 +1,8 @@
 """The checkup that the sources of every run go through before they are tokenised: once for the same content.
 
 Only its cheap part, without tokens and near duplicates, and of the first CHECKED_ROWS rows: `loray data check` looks at all
-of everything. What stops training is raised, what is to be judged stands in `loray plan`. Kept beside the datasets, under
+of everything. What stops training is raised; what is to be judged, and which sources were not read to their end, stands in
+`loray plan`. Kept beside the datasets, under
 `datasets/checkups/<digest>.json`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -20,7 +22,7 @@ from service.data.files import Source
 from service.data.formats import read_source
 from service.errors import DataError, NotFoundError
 
-VERSION = 1  # of what is looked for: another one looks again
+VERSION = 2  # of what is looked for: another one looks again
 CHECKED_ROWS = 200_000  # of a source; half a minute at 0.2 ms a row, in this process
 
 Read = tuple[Source, ReadingBlock]  # a source, and how its rows are understood
@@ -56,6 +58,7 @@ def _checked(read: Read, held_out: Read | None, data: DataBlock, home: str) -> C
         against=read_source(*held_out) if held_out else None,
         against_name=held_out[0].uri if held_out else "",
     )
+    checkup = replace(checkup, whole=next(rows, None) is None)
     if checkup.errors:
         return checkup
     document = json.dumps(checkup.as_json())

@@ -32,7 +32,7 @@ from service.data.rows import Row
 from service.data.shards import DataCard, Part
 from service.data.split import Side, Sides
 from service.data.tokenised import Block, Found, Recipe, Tally, tokenise
-from service.errors import DataError, ModelError, NotFoundError
+from service.errors import DataError, ModelError, NotFoundError, StorageError
 from service.render import Renderer
 from service.settings import Settings
 
@@ -133,33 +133,46 @@ def prepare(
         return _as_named(shards.find(digest, home=home), source)
     except NotFoundError:
         pass
-    shape = formats.detect((r for r in source.records() if isinstance(r, Record)), recipe.reading, source.uri)
+    try:
+        with shards.attempt(digest, home=home) as place:
+            card = _made(source, recipe, renderer, digest, place, home, spread_bytes)
+            return shards.publish(_as_named(card, source), home=home)
+    except (StorageError, NotFoundError):
+        if not storage.exists(storage.join(home, "datasets", digest, "card.json")):
+            raise
+        # Another preparation of the same content was done first, and has removed what this one was writing.
+        return _as_named(shards.find(digest, home=home), source)
+
+
+def _made(
+    source: Source, recipe: Recipe, renderer: Renderer, digest: str, place: str, home: str, spread_bytes: int
+) -> DataCard:
+    """The card of a dataset whose files now lie at `place`, below datasets/."""
     root = storage.join(home, "datasets")
-    with shards.attempt(digest, home=home) as place:
-        groups = _groups(source)
-        work = partial(_block, groups, shape, recipe, renderer, root, place)
-        blocks = list(_blocks(work, len(groups), source, spread_bytes))
-        tally = sum((block.tally for block in blocks), Tally())
-        _demand_sound(source.uri, tally, recipe)
-        index = f"{place}/index.arrow"
-        written = [shard for block in blocks for shard in block.shards]
-        counts = shards.write_index(storage.join(root, index), [block.index for block in blocks], written)
-        card = DataCard(
-            source=source.uri,
-            digest=digest,
-            source_sha256=source.sha256,
-            renderer_digest=renderer.digest,
-            rows=tally.rows,
-            rows_split_by_turn=tally.split_by_turn,
-            rows_dropped=tally.dropped,
-            rows_truncated=tally.truncated,
-            rows_copied=tally.copied,
-            rows_filtered=dict(tally.filtered),
-            last_row=tally.last_row,
-            index=index,
-            **counts,
-        )
-        return shards.publish(_as_named(card, source), home=home)
+    shape = formats.detect((r for r in source.records() if isinstance(r, Record)), recipe.reading, source.uri)
+    groups = _groups(source)
+    work = partial(_block, groups, shape, recipe, renderer, root, place)
+    blocks = list(_blocks(work, len(groups), source, spread_bytes))
+    tally = sum((block.tally for block in blocks), Tally())
+    _demand_sound(source.uri, tally, recipe)
+    index = f"{place}/index.arrow"
+    written = [shard for block in blocks for shard in block.shards]
+    counts = shards.write_index(storage.join(root, index), [block.index for block in blocks], written)
+    return DataCard(
+        source=source.uri,
+        digest=digest,
+        source_sha256=source.sha256,
+        renderer_digest=renderer.digest,
+        rows=tally.rows,
+        rows_split_by_turn=tally.split_by_turn,
+        rows_dropped=tally.dropped,
+        rows_truncated=tally.truncated,
+        rows_copied=tally.copied,
+        rows_filtered=dict(tally.filtered),
+        last_row=tally.last_row,
+        index=index,
+        **counts,
+    )
 
 
 def _blocks(work: Callable[[int], Block], number: int, source: Source, spread_bytes: int) -> Iterator[Block]:

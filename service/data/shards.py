@@ -16,7 +16,7 @@ import secrets
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache as cached
 from itertools import accumulate
@@ -30,7 +30,7 @@ from pyarrow import ipc
 
 from service import storage
 from service.domain import FileEntry
-from service.errors import ConflictError, DataError, NotFoundError
+from service.errors import ConflictError, DataError, NotFoundError, StorageError
 
 LAYOUT = 2
 SHARD_TOKENS = 2**22  # 20 MiB of ids and mask: little to hold while it is written, and 6,000 files for 100 GB of text
@@ -356,13 +356,20 @@ def _ipc_file(batch: pa.RecordBatch) -> pa.Buffer:
 
 
 def publish(card: DataCard, *, home: str) -> DataCard:
-    """Make a dataset visible. The card that counts, which is another's where the same content was prepared meanwhile."""
-    uri = storage.join(home, "datasets", card.digest, "card.json")
+    """Make a dataset visible. The card that counts, which is another's where the same content was prepared meanwhile.
+
+    Removes what other attempts have left: those that were killed, and those that still run, which find the card.
+    """
+    root = storage.join(home, "datasets", card.digest)
     try:
-        storage.create_exclusive(uri, json.dumps({"layout": LAYOUT, **asdict(card)}, indent=2).encode())
+        document = json.dumps({"layout": LAYOUT, **asdict(card)}, indent=2).encode()
+        storage.create_exclusive(storage.join(root, "card.json"), document)
     except ConflictError:
-        storage.delete_tree(storage.join(home, "datasets", card.index.rpartition("/")[0]))
-        return replace(card, index=find(card.digest, home=home).index)
+        card = replace(card, index=find(card.digest, home=home).index)
+    for name in storage.list_names(root):
+        if name not in ("card.json", *card.index.split("/")):
+            with suppress(StorageError):  # one that is being written to: whoever writes removes it
+                storage.delete_tree(storage.join(root, name))
     return card
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from service import storage
+from service.cli.planned import data_table
 from service.config import AugmentBlock, FilterBlock, ReadingBlock, RunConfig, SplitBlock
 from service.data.files import open_source
 from service.data.prepare import prepare, prepare_run
 from service.data.shards import DataCard, load
 from service.data.split import Sides
 from service.data.tokenised import Recipe
-from service.errors import DataError, ModelError
+from service.errors import DataError, ModelError, StorageError
 from service.render import Chat, Example, Renderer, TrainOn, load_renderer
 from tests.integration.tiny import CHATML, save_tokenizer
 
@@ -99,6 +102,70 @@ def test_the_same_content_is_tokenised_once(home: str, tmp_path: Path, renderer:
     assert renderer.rendered == 2
     assert second.digest == first.digest and second.source == copy
     assert storage.list_names(storage.join(home, "datasets")) == [first.digest]
+
+
+def test_what_a_killed_preparation_has_left_is_removed_by_the_next(
+    home: str, tmp_path: Path, renderer: CountingRenderer
+) -> None:
+    uri = _file(tmp_path, "one", "two")
+    digest = _recipe().digest(open_source(uri).sha256, "jsonl", renderer.digest)
+    place = storage.join(home, "datasets", digest)
+    storage.write_bytes(storage.join(place, "killed", "tokens-00000-00.arrow"), b"half of it")
+    card = _prepare(uri, renderer, home)
+    assert card.digest == digest and storage.list_names(place) == sorted([card.index.split("/")[1], "card.json"])
+
+
+class OvertakenRenderer(CountingRenderer):
+    """One whose first conversations are rendered when another preparation of the same rows has begun and ended."""
+
+    def overtaken_by(self, other: Callable[[], object], error: Exception | None) -> OvertakenRenderer:
+        self.other, self.error = [other], error
+        return self
+
+    def examples_batch(
+        self, chats: Sequence[Chat], train_on: TrainOn = "responses"
+    ) -> list[list[Example] | DataError | ModelError]:
+        if self.other:
+            self.other.pop()()
+            if self.error:
+                raise self.error
+        return super().examples_batch(chats, train_on)
+
+
+@pytest.mark.parametrize("error", [None, StorageError("its directory went away")], ids=["writing", "not writing"])
+def test_a_preparation_that_is_overtaken_gives_what_the_other_has_made(
+    home: str, tmp_path: Path, renderer: CountingRenderer, error: Exception | None
+) -> None:
+    uri, cards = _file(tmp_path, "one", "two"), list[DataCard]()
+    slow = OvertakenRenderer(renderer.tokenizer, renderer.stop_ids)
+    slow.overtaken_by(lambda: cards.append(_prepare(uri, renderer, home)), error)
+    assert _prepare(uri, slow, home) == cards[0]
+    left = storage.list_names(storage.join(home, "datasets", cards[0].digest))
+    assert left == sorted([cards[0].index.split("/")[1], "card.json"])
+    assert len(load(cards[0].digest, home=home, cache=tmp_path / "cache")) == 2
+
+
+def test_storage_that_fails_is_told_where_nobody_else_has_made_the_dataset(
+    tmp_path: Path, renderer: CountingRenderer
+) -> None:
+    slow = OvertakenRenderer(renderer.tokenizer, renderer.stop_ids).overtaken_by(lambda: None, StorageError("away"))
+    with pytest.raises(StorageError, match="away"):
+        _prepare(_file(tmp_path, "one"), slow, str(tmp_path / "home"))
+
+
+def test_a_source_that_the_checkup_did_not_read_to_its_end_is_named_in_the_plan(
+    tmp_path: Path, renderer: CountingRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(tmp_path, *map(str, range(60)))
+    for rows, told in ((60, False), (59, True)):
+        monkeypatch.setattr("service.data.precheck.CHECKED_ROWS", rows)
+        for _ in range(2):  # looked at, and remembered
+            prepared = prepare_run(config, renderer, home=str(tmp_path / "home"))
+            console = Console(width=400, record=True, file=io.StringIO())
+            console.print(data_table(prepared))
+            shown = console.export_text()
+            assert ("The checkup read the first 59 rows. All: loray data check" in shown) is told
+            assert [checkup.whole for checkup in prepared.checkups] == [not told]
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -349,10 +349,17 @@ def join_indices(indices: Sequence[str], rows_before: Sequence[int], index: str,
 
 
 def _ipc_file(batch: pa.RecordBatch) -> pa.Buffer:
-    sink = pa.BufferOutputStream()
+    """The bytes of a file. Their number is found first: a buffer that grows takes twice the memory, and an index may be large."""
+    counted = pa.MockOutputStream()
+    _write(batch, counted)
+    data = pa.allocate_buffer(counted.size())
+    _write(batch, pa.FixedSizeBufferWriter(data))
+    return data
+
+
+def _write(batch: pa.RecordBatch, sink: pa.NativeFile) -> None:
     with ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
-    return sink.getvalue()
 
 
 def publish(card: DataCard, *, home: str) -> DataCard:

@@ -45,6 +45,7 @@ test-vllm: .venv-vllm/.installed
 bench: setup
 	$(BIN)/python -m pip install --quiet --editable '.[bench]' --constraint constraints.txt
 	$(BIN)/python -m tests.benchmarks.train_vs_trl
+	$(BIN)/python -m tests.benchmarks.prepare
 	$(BIN)/python -m tests.benchmarks.plan_error
 	$(BIN)/python -m tests.benchmarks.serve_mixed
 	$(BIN)/python -m tests.benchmarks.serve_adapters

@@ -26,7 +26,8 @@ from rich.console import Console
 
 from service import launcher, storage
 from service.config import ServeConfig, load_run
-from service.data.formats import Row, read_rows
+from service.data.formats import read_rows
+from service.data.rows import Row
 from service.domain import RunState
 from service.errors import LorayError
 from service.evaluation.answers import Comparison, compared, read_prompt, side_by_side, summary, with_prompt

@@ -4,7 +4,8 @@
     python -m jobs.train --resume RUN [--set scale.workers=2 ...] [--no-wait] [--profile]
 
 What `loray train` submits to a cluster, and what a bare `ray job submit` runs. Exits with 0 when the run succeeded or was
-stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run. The work is `training/driver.py`.
+stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run. The work is `training/driver.py`;
+of several trainings as one run, `training/repeats.py`.
 """
 
 from __future__ import annotations
@@ -49,13 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = load_settings()
         resolved = load_run(given.run_file, given.set) if given.run_file else None
-        from service.training.driver import reopen, train_run
+        from service.training import repeats
+        from service.training.driver import reopen
 
         resume = reopen(settings.home, given.resume) if given.resume else None
         if resume:
             resolved = run_from_json(resume.resolved(), resume.run_yaml(), given.set)
         assert resolved is not None
-        train_run(
+        repeats.train(
             resolved, settings, console,
             resume=resume, run_id=given.run_id, profile=given.profile, asked_at=given.asked_at,
         )  # fmt: skip

@@ -18,19 +18,28 @@ from pydantic import ValidationError
 from service.config_blocks import (
     DEFAULT_LR,
     METHODS,
+    AugmentBlock,
     BatchBlock,
     Block,
     CheckpointBlock,
+    DataBlock,
     EngineBlock,
+    FilterBlock,
+    Format,
     FullBlock,
     LoraBlock,
     MemoryBlock,
     MethodBlock,
+    MixBlock,
     OptimBlock,
     QloraBlock,
+    ReadingBlock,
+    RunBlock,
     RunConfig,
     ScaleBlock,
     ServeConfig,
+    SourceBlock,
+    SplitBlock,
     StopBlock,
     WorkersBlock,
     expanded,
@@ -42,22 +51,32 @@ from service.errors import ConfigError
 __all__ = [  # what is imported from here
     "CHANGEABLE",
     "DEFAULT_LR",
+    "AugmentBlock",
     "BatchBlock",
     "CheckpointBlock",
+    "DataBlock",
     "EngineBlock",
+    "FilterBlock",
+    "Format",
     "FullBlock",
     "LoraBlock",
     "MemoryBlock",
     "MethodBlock",
+    "MixBlock",
     "OptimBlock",
     "QloraBlock",
+    "ReadingBlock",
     "ResolvedRun",
+    "RunBlock",
     "RunConfig",
     "ScaleBlock",
     "ServeConfig",
     "Source",
+    "SourceBlock",
+    "SplitBlock",
     "StopBlock",
     "WorkersBlock",
+    "derived",
     "dotted_names",
     "leaves",
     "load_run",
@@ -122,6 +141,16 @@ def run_from_json(document: Mapping[str, Any], text: str = "", overrides: Sequen
     if config is None or problems:
         raise ConfigError(_report("--set beside --resume", [*problems, *wrong]))
     return ResolvedRun(config, sources_of(config, written), text, (*document["overrides"], *overrides))
+
+
+def derived(resolved: ResolvedRun, overrides: Sequence[str]) -> ResolvedRun:
+    """Another run, as `resolved` would be with these overrides of any fields behind its own. Raises ConfigError."""
+    values = resolved.config.model_dump(mode="json", by_alias=True)
+    written = dict(resolved.sources)
+    for given in overrides:
+        _put_override(values, written, *override(given))
+    config = validated(RunConfig, values, f"the run file with {' '.join(overrides)}")
+    return ResolvedRun(config, sources_of(config, written), resolved.text, (*resolved.overrides, *overrides))
 
 
 def _kept(before: Mapping[str, Any], values: Mapping[str, Any], key: str, value: Any) -> Iterator[str]:

@@ -66,14 +66,157 @@ class ModelBlock(Block):
     chat_template: str | None = None  # path of a Jinja file, instead of the model's own template
 
 
-class DataBlock(Block):
-    """Where the rows are, what becomes of those longer than `seq_len` tokens, and whether rows share a sequence."""
+Format = Literal[
+    "auto", "messages", "sharegpt", "prompt", "alpaca", "qa", "text", "preference", "labelled", "tags"
+]  # see data/formats.py
+Share = Annotated[float, Field(ge=0, lt=1)]
 
-    train: str = Field(min_length=1)
+
+class ReadingBlock(Block):
+    """How the rows of a source are understood: their format, which of their columns is which field, a prompt's text.
+
+    `columns` gives our field's name for theirs: `{prompt: question, completion: answer}`. `template` is the text of the
+    user's turn, with `{column}` where a column's value goes; `alpaca` is the one of that name.
+    """
+
+    format: Format = "auto"
+    columns: dict[str, str] = {}
+    template: str | None = None
+
+
+class SourceBlock(ReadingBlock):
+    """One of several sources. What it does not say of its rows, `data` says. `weight` is for `data.mix.by: weights`."""
+
+    uri: str = Field(min_length=1)
+    weight: float = Field(default=1.0, gt=0)
+
+
+class MixBlock(Block):
+    """How much of an epoch each source has. An epoch is as long as all sources together, whatever their shares.
+
+    proportional: by rows. temperature: by rows ^ (1 / temperature), arXiv:1910.10683 section 3.5.2. weights: as the sources
+    say. `cap` counts no source as larger than this many rows.
+    """
+
+    by: Literal["proportional", "temperature", "weights"] = "proportional"
+    temperature: float = Field(default=1.0, ge=1)
+    cap: int | None = Field(default=None, ge=1)
+
+
+class SplitBlock(Block):
+    """Shares of `data.train` that are held out. A row's side follows from a hash of its content, or of its `group` field.
+
+    With `stratify`, a field, every class has these shares of its own rows.
+    """
+
+    eval: Share = 0.0
+    test: Share = 0.0
+    group: str | None = None
+    stratify: str | None = None
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        if self.eval + self.test >= 1:
+            raise ValueError(f"eval {self.eval} and test {self.test} leave no row to train on; lower them")
+        if self.group and self.stratify:
+            raise ValueError("group and stratify cannot both be kept; leave one out")
+        return self
+
+
+class FilterBlock(Block):
+    """Which rows are left out before training, and counted: by characters of a row's text, by language, by quality."""
+
+    min_chars: int = Field(default=0, ge=0)
+    max_chars: int | None = Field(default=None, ge=1)
+    languages: Annotated[tuple[Annotated[str, Field(pattern="^[a-z]{2,3}$")], ...], Strict(False)] = ()  # ISO 639-1: en
+    max_repetition: float = Field(default=1.0, gt=0, le=1)  # share of a text in repeated 10-grams of words
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.max_chars is not None and self.max_chars < self.min_chars:
+            raise ValueError(f"min_chars {self.min_chars} is more than max_chars {self.max_chars}; set them in order")
+        return self
+
+
+class AugmentBlock(Block):
+    """Changed copies of training rows, beside the rows: so many each, with these shares of the prompt's words changed."""
+
+    copies: int = Field(default=0, ge=0, le=16)
+    synonyms: str | None = None  # a file of lines `word<TAB>other,another`
+    synonym: Share = 0.0
+    swap: Share = 0.0
+    delete: Share = 0.0
+    insert: Share = 0.0
+
+    @model_validator(mode="after")
+    def _does_something(self) -> Self:
+        changes = any((self.synonym, self.swap, self.delete, self.insert))
+        if changes != bool(self.copies):
+            raise ValueError(
+                f"copies {self.copies} and the shares go together: set copies and one of synonym, swap, delete, insert"
+            )
+        if self.synonym and not self.synonyms:
+            raise ValueError(
+                f"synonym {self.synonym} needs a table; set synonyms to a file of lines word<TAB>other,another"
+            )
+        if self.synonyms and not (self.synonym or self.insert):
+            raise ValueError("synonyms is a table that only synonym and insert read; set one of them, or leave it out")
+        return self
+
+
+class DataBlock(ReadingBlock):
+    """Where the rows are, how they are read and divided, what is trained, and whether rows share a sequence.
+
+    `train` is a source, or several that are mixed: uris, or blocks with a `uri`. What is longer than `seq_len` tokens is an
+    error, or is dropped, or loses its end.
+    """
+
+    train: (
+        Annotated[str, Field(min_length=1)]
+        | Annotated[tuple[str | SourceBlock, ...], Strict(False), Field(min_length=1)]
+    )
     eval: str | None = None
+    test: str | None = None  # read once, after the last step
+    train_on: Literal["responses", "all", "last"] = "responses"
     seq_len: int = Field(default=1024, ge=8)
-    over_long: Literal["error", "drop"] = "error"
+    over_long: Literal["error", "drop", "truncate"] = "error"
     pack: Literal["auto", "never"] = "auto"  # auto: whole rows share a sequence where the model keeps them apart
+    mix: MixBlock = MixBlock()
+    split: SplitBlock = SplitBlock()
+    filter: FilterBlock = FilterBlock()
+    augment: AugmentBlock = AugmentBlock()
+    curriculum: str | None = None  # `length`, or a field that is a number: every epoch goes from the smallest up
+
+    @property
+    def sources(self) -> tuple[SourceBlock, ...]:
+        """The sources of `train`, complete: what they leave open is as `data` has it."""
+        given = (self.train,) if isinstance(self.train, str) else self.train
+        own = [{"uri": one} if isinstance(one, str) else one.model_dump(exclude_unset=True) for one in given]
+        mine = {"format": self.format, "columns": self.columns, "template": self.template}
+        return tuple(SourceBlock.model_validate({**mine, **block}) for block in own)
+
+
+class RunBlock(Block):
+    """Several trainings as one run, with mean and spread: over `folds` of the data, or over `seeds`, `seed` and those after it."""
+
+    folds: int = Field(default=1, ge=1, le=100)
+    fold: int | None = Field(default=None, ge=1)  # train this one of them alone
+    seeds: int = Field(default=1, ge=1, le=100)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if self.folds > 1 and self.seeds > 1:
+            raise ValueError(f"folds {self.folds} and seeds {self.seeds} cannot both be more than 1; keep one")
+        if self.fold is not None and (self.folds == 1 or self.fold > self.folds):
+            raise ValueError(
+                f"fold {self.fold} is none of the folds, 1 to {self.folds}; raise folds, or leave fold out"
+            )
+        return self
+
+    @property
+    def held_out(self) -> tuple[int, int] | None:
+        """Which fold is not trained on, from 1, and of how many; None where nothing is held out by folds."""
+        return None if self.fold is None else (self.fold, self.folds)
 
 
 class FullBlock(Block):
@@ -246,6 +389,7 @@ class RunConfig(Block):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     model: Annotated[ModelBlock, _shorthand("id")]
     data: DataBlock
+    run: RunBlock = RunBlock()
     objective: Literal["sft"] = "sft"
     method: Annotated[MethodBlock, BeforeValidator(_method)] = LoraBlock()
     optim: OptimBlock = OptimBlock()
@@ -271,24 +415,85 @@ class RunConfig(Block):
 
     @classmethod
     def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """What counts evaluations needs some to count, and evaluations need rows."""
-        if value_at(values, "data.eval") is None:
+        """What counts evaluations needs some to count, evaluations need rows, and rows come from one place only."""
+        held_out = any(
+            (
+                value_at(values, "data.eval") is not None,
+                _is_positive(value_at(values, "data.split.eval")),
+                _is_several(value_at(values, "run.folds")),
+            )
+        )
+        if not held_out:
             for key in ("evaluate.at_start", "evaluate.every.steps"):
                 value = value_at(values, key)
                 if value is True or (type(value) is int and value > 0 and key.endswith("steps")):
-                    yield f"{key}: there are no rows to evaluate on. Set data.eval, or leave {key} out."
-        needed = {"data.eval": value_at(values, "data.eval")}
+                    yield f"{key}: there are no rows to evaluate on. Set data.eval or data.split.eval, or leave {key} out."
         every = value_at(values, "evaluate.every.steps")
-        needed["evaluate.every.steps"] = every if _is_positive(every) else None
-        missing = [key for key, value in needed.items() if value is None]
+        needed = {"data.eval": held_out, "evaluate.every.steps": _is_positive(every)}
+        missing = [key for key, there in needed.items() if not there]
         for key in ("stop.patience", "checkpoint.keep_best"):
             value = value_at(values, key)
             if _is_positive(value) and missing:
                 yield f"{key}: {value} goes by evaluations during the run. Set {' and '.join(missing)} too, or {key}: 0."
+        yield from _divided(values)
+        yield from _mixed(values)
+        yield from _repeated(values, held_out)
+
+
+def _divided(values: Mapping[str, Any]) -> Iterator[str]:
+    """Each side of the data is given once: by a file, by a share, or by folds."""
+    folds = value_at(values, "run.folds")
+    for side in ("eval", "test"):
+        share = value_at(values, f"data.split.{side}")
+        if _is_positive(share) and value_at(values, f"data.{side}") is not None:
+            yield f"data.split.{side}: {share}, and data.{side} names a file of such rows. Leave one of the two out."
+    for key in ("data.eval", "data.split.eval"):
+        value = value_at(values, key)
+        if _is_several(folds) and value is not None and value != 0:
+            yield f"{key}: {value!r}, and with run.folds each fold is evaluated on in turn. Leave one of the two out."
+    shares = (value_at(values, f"data.split.{side}") for side in ("eval", "test"))
+    if not _is_several(folds) and not any(map(_is_positive, shares)):
+        for key in ("data.split.group", "data.split.stratify"):
+            if value_at(values, key) is not None:
+                yield f"{key}: nothing is divided. Set data.split.eval, data.split.test or run.folds, or leave {key} out."
+
+
+def _mixed(values: Mapping[str, Any]) -> Iterator[str]:
+    """Of `data.mix` and the sources' weights, what its rule does not read."""
+    by = value_at(values, "data.mix.by") or MixBlock().by
+    temperature, cap, train = (value_at(values, key) for key in ("data.mix.temperature", "data.mix.cap", "data.train"))
+    if by != "temperature" and temperature not in (None, 1):
+        yield f"data.mix.temperature: {temperature}, and data.mix.by is {by}. Set by: temperature, or leave it out."
+    if by == "weights" and cap is not None:
+        yield f"data.mix.cap: {cap} counts rows, and data.mix.by is weights. Leave one of the two out."
+    sources = train if isinstance(train, list | tuple) else ()
+    if by != "weights" and any(isinstance(source, Mapping) and source.get("weight", 1) != 1 for source in sources):
+        yield f"data.train: a source has a weight, and data.mix.by is {by}. Set by: weights, or leave the weights out."
+
+
+def _repeated(values: Mapping[str, Any], held_out: bool) -> Iterator[str]:
+    """One version is published of a run: of several seeds the best one, and of folds none has seen all rows."""
+    if value_at(values, "publish") is None:
+        return
+    folds, seeds = value_at(values, "run.folds"), value_at(values, "run.seeds")
+    if _is_several(folds) and value_at(values, "run.fold") is None:
+        yield (
+            f"publish: with run.folds: {folds} every training has seen only a part of the rows, and none is the one to "
+            "serve. Leave publish out, or publish a run over all rows without run.folds."
+        )
+    if _is_several(seeds) and not held_out:
+        yield (
+            f"publish: with run.seeds: {seeds} the one of lowest eval/loss is published, and there are no rows to evaluate "
+            "on. Set data.eval or data.split.eval, or leave publish out."
+        )
+
+
+def _is_several(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
 
 
 def _is_positive(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
+    return isinstance(value, int | float) and value > 0
 
 
 class VllmBlock(Block):

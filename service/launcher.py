@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from service import storage
-from service.config import LoraBlock, ResolvedRun
+from service.config import LoraBlock, ResolvedRun, SourceBlock
 from service.errors import ClusterError, ConfigError, LorayError, NotFoundError
 
 PACKAGES = ("service", "jobs", "tune", "serve")
@@ -260,19 +260,35 @@ def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
     (stage / "run.yaml").write_text(resolved.text)
     (stage / "data").mkdir()
     model, data = resolved.config.model, resolved.config.data
-    named = {"data.train": data.train, "data.eval": data.eval, "model.chat_template": model.chat_template}
-    for key, uri in named.items():
-        if uri is None or not storage.is_local(uri):
-            continue
-        source = storage.local_path(uri)
-        if not source.is_file():
-            raise ConfigError(f"{key}: {uri!r} does not exist under {Path.cwd()}.")
-        travelling = Path("data") / f"{key.split('.')[-1]}-{source.name}"
-        shutil.copyfile(source, stage / travelling)
-        yield f"{key}={json.dumps(str(travelling))}"
+    named = {
+        **{"data.train": data.train, "data.eval": data.eval, "data.test": data.test},
+        **{"data.augment.synonyms": data.augment.synonyms, "model.chat_template": model.chat_template},
+    }
+    for key, given in named.items():
+        staged = _staged(given, key, key.split(".")[-1], stage)
+        if staged != given:
+            yield f"{key}={json.dumps(staged)}"
     method = resolved.config.method
     adapter = Path(method.init_from).expanduser() if isinstance(method, LoraBlock) and method.init_from else None
     if adapter is not None and adapter.is_dir():
         travelling = Path("data") / f"init_from-{adapter.resolve().name}"
         shutil.copytree(adapter, stage / travelling)
         yield f"method.init_from={json.dumps(str(travelling))}"
+
+
+def _staged(given: Any, key: str, name: str, stage: Path) -> Any:
+    """A value of a config, as it is when the file or directory that it names lies in the stage, called after `name`."""
+    from service.data.hub import is_hub
+
+    if isinstance(given, tuple):
+        return [_staged(one, key, f"{name}-{number}", stage) for number, one in enumerate(given, 1)]
+    if isinstance(given, SourceBlock):
+        return given.model_dump(exclude_unset=True) | {"uri": _staged(given.uri, key, name, stage)}
+    if given is None or is_hub(given) or not storage.is_local(given):
+        return given
+    source = storage.local_path(given)
+    if not source.exists():
+        raise ConfigError(f"{key}: {given!r} does not exist under {Path.cwd()}.")
+    travelling = Path("data") / f"{name}-{source.name}"
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, stage / travelling)
+    return str(travelling)

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from service.base_models import BaseModel, companion_files, resolve_base_model
-from service.config import LoraBlock, QloraBlock, RunConfig, read_text
-from service.data import prepare
+from service.config import LoraBlock, QloraBlock, RunConfig
+from service.data import shards
 from service.data.formats import read_rows
+from service.data.rendered import examples_of, renderer_for
 from service.domain import BaseBits, Manifest, ManifestDraft, MergeRecord, ModelRef
 from service.errors import ConfigError, ModelError, NotFoundError
 from service.registry import Registry
@@ -68,8 +69,7 @@ def merge(
     registry.versions(publish)  # a name that cannot be published under is told before anything is loaded
     manifest = registry.manifest(ref)
     config, base = _origin(manifest, settings)
-    template = config.model.chat_template
-    renderer = load_renderer(base.path, read_text(template, "model.chat_template") if template else None)
+    renderer = renderer_for(config, base.path)
     rows, source = _rows(manifest, settings, renderer, data)
     bits = _held(config).base_bits
     bound = MAX_KL[bits] if max_kl is None else max_kl
@@ -77,7 +77,7 @@ def merge(
     settings.cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="merging-", dir=settings.cache) as directory:
         found = _merged(base.path, adapter, config, rows, Path(directory))
-        _save_companions(base.path, renderer if template else None, Path(directory))
+        _save_companions(base.path, renderer if config.model.chat_template else None, Path(directory))
         _demand_same_renderer(manifest, Path(directory))
         if not found.mean <= bound:
             raise ModelError(_refusal(manifest.ref, bits, found, bound, source))
@@ -126,12 +126,12 @@ def _origin(manifest: Manifest, settings: Settings) -> tuple[RunConfig, BaseMode
 def _rows(manifest: Manifest, settings: Settings, renderer: Renderer, data: str | None) -> tuple[Rows, str]:
     """Rows to compare on, and where they come from. ConfigError where there are none."""
     if data is not None:
-        examples = [example for row in read_rows(data) for example in renderer.examples(row.messages)]
+        examples = [example for row in read_rows(data) for example in examples_of(row, renderer)]
         return _first_tokens((example.ids, [int(m) for m in example.mask]) for example in examples), data
     try:
         details = Run.open(settings.home, manifest.run).status().details
         split = "evaluation" if details.get("eval_digest") else "training"
-        prepared = prepare.load(
+        prepared = shards.load(
             details.get("eval_digest") or details["train_digest"], home=settings.home, cache=settings.cache
         )
     except (NotFoundError, KeyError):

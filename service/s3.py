@@ -14,20 +14,25 @@ import asyncio
 import base64
 import errno
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from service.domain import FileEntry
 from service.errors import ConfigError, ConflictError, LorayError, NotFoundError, StorageError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 ANSWER_S = 30.0  # for one request with its repetitions, beside the time for its bytes
 SLOWEST_BYTES_PER_S = 2**18  # a link that is slower than this counts as broken
 SINGLE_PUT_BYTES = 32 * 2**20  # larger bodies go up in parts
 _PART_BYTES = 8 * 2**20
+_BUFFER_BYTES = 2**20  # of a stream; what is read at once in larger pieces goes past the buffer
 _PARALLEL_PARTS = 4
 _MOST_PARTS = 10_000  # S3's limit
 BATCH_KEYS = 1000  # S3's limit for a page of a listing and for one DeleteObjects
@@ -72,14 +77,51 @@ def read_tagged(uri: str) -> tuple[bytes, str]:
         return content
 
 
+def read_range(uri: str, start: int, length: int) -> bytes:
+    """So many of the object's bytes from `start` on."""
+    with _reported(uri, "read"):
+        content: bytes = _sync(_get, uri, Range=f"bytes={start}-{start + length - 1}")[0]
+    return content
+
+
 def read_chunks(uri: str, num_bytes: int) -> Iterator[bytes]:
     """The object's first so many bytes in pieces; ConflictError if another takes its place meanwhile."""
     etag, size = (_facts(uri)[fact] for fact in ("ETag", "ContentLength"))
     end = min(num_bytes, int(size))
     for start in range(0, end, _PART_BYTES):
-        stop = min(start + _PART_BYTES, end) - 1  # HTTP's ranges name their last byte
-        with _reported(uri, "read"):
-            yield _sync(_get, uri, Range=f"bytes={start}-{stop}", IfMatch=etag)[0]
+        yield _range(uri, etag, start, min(start + _PART_BYTES, end))
+
+
+def open_read(uri: str) -> BinaryIO:
+    """The object as a stream that can seek, in memory only a part at a time; ConflictError if another takes its place."""
+    facts = _facts(uri)
+    stream: BinaryIO = io.BufferedReader(_Object(uri, facts["ETag"], int(facts["ContentLength"])), _BUFFER_BYTES)
+    return stream
+
+
+class _Object(io.RawIOBase):
+    """One content of an object, read where it is asked for."""
+
+    def __init__(self, uri: str, etag: str, size: int) -> None:
+        self._uri, self._etag, self._size, self._at = uri, etag, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Buffer) -> int:
+        into = memoryview(buffer)
+        stop = min(self._at + min(len(into), _PART_BYTES), self._size)
+        data = _range(self._uri, self._etag, self._at, stop) if self._at < stop else b""
+        into[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
 
 def put(uri: str, data: bytes, **conditions: str) -> None:
@@ -210,6 +252,12 @@ async def _send_parts(uri: str, upload: str, parts: Iterable[bytes]) -> list[dic
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [task.result() for task in tasks]
+
+
+def _range(uri: str, etag: str, start: int, stop: int) -> bytes:
+    with _reported(uri, "read"):  # HTTP's ranges name their last byte
+        data: bytes = _sync(_get, uri, Range=f"bytes={start}-{stop - 1}", IfMatch=etag)[0]
+    return data
 
 
 def _facts(uri: str) -> dict[str, Any]:

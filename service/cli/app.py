@@ -1,8 +1,8 @@
 """The command line, `loray`: reads arguments, calls one thing, prints the answer. `--help` imports no torch and no Ray.
 
 Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about models in
-`models.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message and an exit code:
-2 for wrong input, 1 for what failed.
+`models.py`, about data in `data.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message
+and an exit code: 2 for wrong input, 1 for what failed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from service.cli import models, runs
+from service.cli import data, models, runs
 from service.cli.terminal import console, print_json
 from service.errors import ConfigError, LorayError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 keys = typer.Typer(no_args_is_help=True, help="API keys of endpoints.")
 app.add_typer(keys, name="keys")
+app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 
@@ -51,11 +52,16 @@ def plan(
 
     resolved, settings = load_run(run_file, overrides), load_settings()  # a typo is told before torch is imported
     from service.cli.planned import plan_tables
+    from service.training import repeats
     from service.training.plan import detailed, make_run_plan
 
+    trainings = repeats.variants(resolved)
+    if trainings:
+        resolved = trainings[0].resolved
+        typer.echo(f"{len(trainings)} trainings, one after the other. The first, {trainings[0].name}:", err=True)
     run_plan = detailed(make_run_plan(resolved, settings), resolved, settings, probe=probe)
     if json:
-        print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json()})
+        print_json({"plan": run_plan.as_json(), "resolved": resolved.as_json(), "trainings": max(1, len(trainings))})
         return
     for table in plan_tables(resolved, run_plan):
         console.print(table)

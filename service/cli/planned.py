@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.table import Table
+from rich.text import Text
 
 from service.config import ResolvedRun, leaves
-from service.data.prepare import DataCard
+from service.data.prepare import Prepared
+from service.data.shards import DataCard
 from service.training.plan import RunPlan
 
 
@@ -16,20 +18,54 @@ def plan_tables(resolved: ResolvedRun, plan: RunPlan) -> list[Table]:
     config = Table("field", "value", "source", title="config")
     for name, value in leaves(resolved.config.model_dump(mode="json", by_alias=True)):
         config.add_row(name, str(value), resolved.sources[name])
-    data = Table("data", "rows", "examples", "tokens", "trained on", "longest", "dropped", title="data")
-    for card in (plan.train, plan.eval):
-        if card:
-            data.add_row(*_data_row(card))
     figures = Table("figure", "value", title="run")
     for name, shown in _figures(plan):
         figures.add_row(name, shown)
-    return [config, data, figures, *_memory(plan), *_advice(plan)]
+    return [config, data_table(plan), *findings_table(plan), figures, *_memory(plan), *_advice(plan)]
 
 
-def _data_row(card: DataCard) -> list[str]:
+def data_table(data: Prepared | RunPlan) -> Table:
+    """The data cards of a run."""
+    table = Table("data", "rows", "examples", "tokens", "trained on", "longest", "left out", title="data")
+    for side, card in (("train", data.train), ("eval", data.eval), ("test", data.test)):
+        if card:
+            table.add_row(*_data_row(side, card))
+    table.caption_justify, table.caption = "left", Text("\n".join(_half_checked(data)))
+    return table
+
+
+def _half_checked(data: Prepared | RunPlan) -> Iterator[str]:
+    """The sources of whose checkup nothing is known but of their first rows."""
+    for checkup in data.checkups:
+        if not checkup.whole:
+            looked_at = checkup.rows + checkup.unreadable
+            yield f"The checkup read the first {looked_at:,} rows. All: loray data check {checkup.name}"
+
+
+def findings_table(data: Prepared | RunPlan) -> list[Table]:
+    """What the checkup warns of, if anything."""
+    found = [(checkup.name, finding) for checkup in data.checkups for finding in checkup.findings]
+    table = Table("data", "rows", "finding", "what to do", title="warnings of the data's checkup", show_lines=True)
+    for name, finding in found:
+        more = ", ..." if finding.count > len(finding.rows) > 0 else ""
+        shown = ", ".join(map(str, finding.rows)) + more
+        table.add_row(*map(Text, (name, shown, finding.text, finding.fix)))
+    return [table] if found else []
+
+
+def _data_row(side: str, card: DataCard) -> list[str]:
     trained = f"{card.supervised_tokens:,} ({card.supervised_share:.0%})"
     counts = [f"{card.rows:,}", f"{card.examples:,}", f"{card.tokens:,}", trained, str(card.longest)]
-    return [card.source, *counts, str(card.rows_dropped)]
+    return [f"{side}: {card.source}", *counts, _left_out(card)]
+
+
+def _left_out(card: DataCard) -> str:
+    """What is not trained on of the rows, and what is added to them, in words."""
+    parts = [f"{number:,} {why}" for why, number in card.rows_filtered.items()]
+    parts += [f"{card.rows_dropped:,} too long"] if card.rows_dropped else []
+    parts += [f"{card.rows_truncated:,} lost their end"] if card.rows_truncated else []
+    parts += [f"{card.rows_copied:,} changed copies added"] if card.rows_copied else []
+    return ", ".join(parts) or "0"
 
 
 def _figures(plan: RunPlan) -> Iterator[tuple[str, str]]:

@@ -52,7 +52,8 @@ def show(run: RunId, json: Json = False) -> None:
     found = _open(run)
     status, metrics = found.status().model_dump(mode="json"), found.metrics()
     last = metrics[-1] if metrics else {}
-    document = {"run": found.id, "uri": found.uri, "status": status, "last": last}
+    children = [_child(found.home, id) for id in status["details"].pop("children", [])]
+    document = {"run": found.id, "uri": found.uri, "status": status, "last": last, "children": children}
     if json:
         print_json({**document, "resolved": found.resolved(), "events": found.events()})
         return
@@ -62,7 +63,24 @@ def show(run: RunId, json: Json = False) -> None:
         say(f"  {name}: {value}")
     for event in found.events():
         say(f"  {_event_line(event)}")
+    for child in children:
+        figures = "  ".join(
+            f"{name} {child[name]:.4f}" for name in ("train/loss", "eval/loss", "test/loss") if name in child
+        )
+        say(f"  {child['run']}  {child['state']}  {figures}".rstrip())
     console.print(found.run_yaml(), markup=False, highlight=False)
+
+
+def _child(home: str, id: str) -> dict[str, Any]:
+    """A training of a run of several: its state and last figures. Its run is made when its turn has come."""
+    from service.errors import NotFoundError
+
+    try:
+        child = Run.open(home, id)
+    except NotFoundError:
+        return {"run": id, "state": "not begun"}
+    metrics = child.metrics()
+    return {"run": id, "state": child.status().state, **(metrics[-1] if metrics else {})}
 
 
 def _event_line(event: dict[str, Any]) -> str:

@@ -38,9 +38,9 @@ def train_here(asked: Asked) -> None:
     """Train in this process, on the cluster of RAY_ADDRESS or a Ray of its own."""
     settings = load_settings()
     resolved, run = _resolved(asked, settings)
-    from service.training.driver import train_run
+    from service.training import repeats
 
-    train_run(resolved, settings, console, resume=run, profile=asked.profile, asked_at=asked.asked_at)
+    repeats.train(resolved, settings, console, resume=run, profile=asked.profile, asked_at=asked.asked_at)
 
 
 def train_detached(asked: Asked) -> None:
@@ -97,10 +97,12 @@ def follow_run(run: Run) -> None:
     """Show a run's progress from its directory until it ends. Ctrl-C leaves it running. Raises TrainingError if it failed."""
     from service.training.progress import ProgressView
 
-    num_steps = int(run.status().details.get("num_steps", 0))
+    num_steps, said = int(run.status().details.get("num_steps", 0)), ""
     try:
         with ProgressView(run, num_steps, console) as view:
             while (status := run.status()).state not in ENDED:
+                if status.message != said:  # which child of it trains
+                    view.say(said := status.message)
                 view.poll()
                 time.sleep(0.5)
     except KeyboardInterrupt:

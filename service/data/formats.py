@@ -1,161 +1,215 @@
-"""From a JSONL file to conversations, or to one error that names every bad row and field.
+"""From records to rows: which format a source has, and what each of its records says, or why it says nothing.
 
-Two shapes are read: `{"messages": [{"role", "content"}, ...]}` and `{"prompt": "...", "completion": "..."}`. Row numbers
-are line numbers, from 1, as an editor shows them.
+    format      needs                                               takes too
+    messages    messages                                            tools
+    sharegpt    conversations                                       system, tools
+    prompt      prompt, completion (texts or lists of messages)     system, tools
+    alpaca      instruction, output                                 input, system
+    preference  chosen, rejected (texts or lists of messages)       prompt (unless both begin with it), system
+    qa          context, question, answers or answer                answer_start
+    tags        tokens, tags or ner_tags
+    labelled    label; text, sentence, sentence1 and sentence2,
+                or premise and hypothesis
+    text        text
+
+A source that could be text and another format is the other one. One that fits two others is an error that says what to
+set, `data.format`. `data.columns` says which column is which field; columns that no field needs are `Row.fields`.
+`data.template` is the text of the user's turn, in prompt and alpaca, in the place of prompt, or of instruction and input.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from typing import Any
 
-from service import storage
-from service.errors import DataError, NotFoundError
-from service.render import ROLES, Message
+from service.config import Format, ReadingBlock
+from service.data import contents, templates
+from service.data.contents import Fields
+from service.data.files import Source, open_source
+from service.data.records import Record
+from service.data.rows import Content, Conversation, Problem, Row
+from service.errors import DataError
 
 MAX_PROBLEMS_SHOWN = 20
+SAMPLE_RECORDS = 1000  # by which a format is detected; of each only the columns are kept
+DETECTED = ReadingBlock()
 
 
 @dataclass(frozen=True)
-class Row:
-    """One conversation and the line it stands on."""
+class _Shape:
+    """A format: one of these sets of fields is needed, these are taken too; and how they become a row's content.
 
-    number: int
-    messages: tuple[Message, ...]
+    `asked`: the fields that a template takes the place of, the first of them for good.
+    """
 
-    def prompt(self) -> tuple[Message, ...]:
-        """All messages before the last assistant's turn."""
-        return self.messages[: self._last_answer()]
+    needs: tuple[tuple[str, ...], ...]
+    takes: tuple[str, ...]
+    read: Callable[[Fields, list[str]], Content]
+    asked: tuple[str, ...] = ()
 
-    def reference(self) -> str:
-        """The last assistant's turn: what a perfect model would answer to `prompt()`."""
-        return self.messages[self._last_answer()]["content"]
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        return frozenset(field for fields in (*self.needs, self.takes) for field in fields)
 
-    def _last_answer(self) -> int:
-        return max(i for i, message in enumerate(self.messages) if message["role"] == "assistant")
-
-
-def read_rows(uri: str) -> list[Row]:
-    """All rows of a JSONL file. Raises DataError that lists the bad ones, by row and field, with the remedy."""
-    return parse_rows(read_data(uri), uri)
+    def lacks(self, there: Container[str]) -> list[str]:
+        """The fields that are missing, of the set of which the fewest are."""
+        return min(([field for field in fields if field not in there] for fields in self.needs), key=len)
 
 
-def read_data(uri: str) -> bytes:
-    """The file's bytes. Raises DataError when it does not exist or is empty."""
-    try:
-        data = storage.read_bytes(uri)
-    except NotFoundError:
-        raise DataError(f"{uri}: the data file does not exist. Check data.train and data.eval.") from None
-    if not data.strip():
-        raise DataError(f"{uri}: the data file is empty. It needs one JSON object a line.")
-    return data
+_SHAPES: dict[Format, _Shape] = {
+    "messages": _Shape((("messages",),), ("tools",), contents.messages),
+    "sharegpt": _Shape((("conversations",),), ("system", "tools"), contents.sharegpt),
+    "prompt": _Shape((("prompt", "completion"),), ("system", "tools"), contents.prompt, asked=("prompt",)),
+    "alpaca": _Shape(
+        (("instruction", "output"),), ("input", "system"), contents.alpaca, asked=("instruction", "input")
+    ),
+    "preference": _Shape((("chosen", "rejected"),), ("prompt", "system"), contents.preference),
+    "qa": _Shape(
+        (("context", "question", "answers"), ("context", "question", "answer")), ("answer_start",), contents.qa
+    ),
+    "tags": _Shape(tuple(("tokens", name) for name in contents.TAGS), (), contents.tags),
+    "labelled": _Shape(
+        tuple(tuple(name for name in (*pair, "label") if name) for pair in contents.PAIRS), (), contents.labelled
+    ),
+    "text": _Shape((("text",),), (), contents.text),
+}
 
 
-def parse_rows(data: bytes, name: str) -> list[Row]:
-    """The rows in `data`; `name` is for messages."""
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name}: byte {error.start} is no UTF-8 ({error.reason}). Save the file as UTF-8.") from None
-    rows: list[Row] = []
-    problems: list[str] = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            parsed = _parse_line(line)
-            if isinstance(parsed, tuple):
-                rows.append(Row(number, parsed))
-            else:
-                problems += [f"row {number}: {problem}" for problem in parsed]
-    if problems:
-        shown = [f"  {problem}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
-        more = len(problems) - len(shown)
-        tail = [f"  ... and {more} more"] if more > 0 else []
-        raise DataError("\n".join([f"{name}: {len(problems)} problem(s). Mend these rows.", *shown, *tail]))
+def read_rows(uri: str, reading: ReadingBlock = DETECTED) -> list[Row]:
+    """All rows of a file of conversations. Raises DataError that lists the bad ones, by row and field."""
+    found = list(read_source(open_source(uri), reading))
+    raise_problems([entry for entry in found if isinstance(entry, Problem)], uri)
+    rows = [entry for entry in found if isinstance(entry, Row)]
+    if others := [row for row in rows if not isinstance(row.content, Conversation)]:
+        kind = type(others[0].content).__name__.lower()
+        raise DataError(
+            f"{uri}: row {others[0].number} is a {kind}, wanted conversations: messages, or prompt and completion."
+        )
     return rows
 
 
-def _parse_line(line: str) -> tuple[Message, ...] | list[str]:
-    """The messages of one line, or its problems."""
-    try:
-        row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        return [f"no valid JSON: {error}. One JSON object a line."]
-    if not isinstance(row, dict):
-        return [f"a JSON {type(row).__name__}, wanted an object with messages, or with prompt and completion."]
-    if "messages" in row:
-        return _messages(row["messages"])
-    if "prompt" in row or "completion" in row:
-        return _prompt_completion(row)
-    return [f"no field 'messages' and no 'prompt' and 'completion'; it has {sorted(row)[:8]}."]
+def raise_problems(problems: list[Problem], name: str) -> None:
+    """DataError with the first of them, a line each; nothing where there are none."""
+    if not problems:
+        return
+    lines = [f"  row {problem.number}{_in(problem.file)}: {problem.text}" for problem in problems[:MAX_PROBLEMS_SHOWN]]
+    more = len(problems) - len(lines)
+    tail = [f"  ... and {more} more"] if more > 0 else []
+    raise DataError("\n".join([f"{name}: {len(problems)} problem(s). Mend these rows.", *lines, *tail]))
 
 
-def _prompt_completion(row: dict[str, Any]) -> tuple[Message, ...] | list[str]:
-    problems = []
-    for field in ("prompt", "completion"):
-        if field not in row:
-            problems.append(f"field '{field}' is missing.")
-        else:
-            problems += _text_problems(row[field], field)
-    if problems:
-        return problems
-    return ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
+def read_source(source: Source, reading: ReadingBlock = DETECTED) -> Iterator[Row | Problem]:
+    """The rows of a source, streamed, with a Problem for each thing that is wrong. Raises DataError where none has a format."""
+    if not any(isinstance(entry, Record) for entry in source.records()):
+        return (entry for entry in source.records() if isinstance(entry, Problem))
+    return _parsed(source.records(), detect(_readable(source), reading, source.uri), reading)
 
 
-def _messages(messages: Any) -> tuple[Message, ...] | list[str]:
-    if not isinstance(messages, list) or not messages:
-        return [f"messages is {_shown(messages)}, wanted a list of at least one user and one assistant message."]
-    problems: list[str] = []
-    for index, message in enumerate(messages):
-        problems += _message_problems(message, f"messages[{index}]")
-    if not problems and messages[-1]["role"] != "assistant":
-        problems.append(
-            f"the last message has the role {messages[-1]['role']!r}, wanted assistant: the answer to learn."
+def detect(records: Iterable[Record], reading: ReadingBlock, name: str) -> Format:
+    """The format that `reading` names, or the one that the first records have: never "auto". `name` is for messages.
+
+    Raises DataError where no record has it, where they fit several, and for columns or a template that do not go with them.
+    """
+    possible = _possible(reading, name)
+    rows: list[set[str]] = []  # of each record the columns that have a value, by our names
+    seen: dict[str, None] = {}
+    for record in islice(records, SAMPLE_RECORDS):
+        seen.update(dict.fromkeys(record.values))
+        # A table has every column in every row, and null where there is nothing.
+        rows.append({key for key, value in _fields(record.values, reading.columns).items() if value is not None})
+    if absent := sorted(set(reading.columns.values()) - set(seen)):
+        raise DataError(f"{name}: data.columns names {absent}, and the columns are {list(seen)[:20]}.")
+    shape = _only(_fitting(rows, possible, reading), possible, list(seen), name)
+    if strange := sorted(set(reading.columns) - _SHAPES[shape].fields):
+        fields = ", ".join(sorted(_SHAPES[shape].fields))
+        raise DataError(f"{name}: data.columns has {strange}, and the format {shape} has the fields {fields}.")
+    if reading.template is not None:
+        templates.check(reading.template, set(seen).union(*rows), name)
+    return shape
+
+
+def parse(record: Record, shape: Format, reading: ReadingBlock) -> Row | list[Problem]:
+    """What a record says in this format, or all that is wrong with it."""
+    form, problems = _SHAPES[shape], list[str]()
+    own = form.fields
+    every = _fields(record.values, reading.columns)
+    fields = {key: value for key, value in every.items() if key in own}
+    fixed: tuple[str, ...] = ()
+    if reading.template is not None:
+        fixed = templates.fixed(reading.template, {**record.values, **fields})
+        asked = templates.fill(reading.template, {**record.values, **fields}, problems)
+        fields = {key: value for key, value in fields.items() if key not in form.asked}
+        fields[form.asked[0]] = asked
+    if missing := form.lacks(fields):
+        columns = sorted(record.values)[:8]
+        problems += [f"field '{field}' is missing. The row has the columns {columns}." for field in missing]
+    content = None if problems else form.read(fields, problems)
+    if problems or content is None:
+        return [Problem(record.number, text, record.file) for text in problems]
+    theirs = {reading.columns.get(field, field) for field in own}
+    others = {key: value for key, value in record.values.items() if key not in theirs}
+    return Row(record.number, content, others, record.file, fixed)
+
+
+def _possible(reading: ReadingBlock, name: str) -> tuple[Format, ...]:
+    """The formats that `reading` leaves open."""
+    named = tuple(_SHAPES) if reading.format == "auto" else (reading.format,)
+    if reading.template is None:
+        return named
+    taking = ("alpaca",) if reading.template == templates.ALPACA else ("prompt", "alpaca")
+    if not set(taking) & set(named):
+        raise DataError(f"{name}: data.template is for the format {' or '.join(taking)}, not for {reading.format}.")
+    return tuple(shape for shape in named if shape in taking)
+
+
+def _fitting(rows: list[set[str]], possible: Iterable[Format], reading: ReadingBlock) -> list[Format]:
+    """The formats that some of the rows have; not text, where another one is among them."""
+    found = []
+    for shape in possible:
+        asked = _SHAPES[shape].asked if reading.template is not None else ()
+        if any(not _SHAPES[shape].lacks(row.union(asked)) for row in rows):
+            found.append(shape)
+    return [shape for shape in found if shape != "text" or len(found) == 1]
+
+
+def _only(found: list[Format], possible: tuple[Format, ...], seen: list[str], name: str) -> Format:
+    """The format. Raises DataError that says what to set where there is none, or more than one."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        formats = " and ".join(found)
+        raise DataError(
+            f"{name}: the rows fit the formats {formats}. Set data.format to one of them, or split the file."
         )
-    elif not problems and len(messages) == 1:
-        problems.append("messages has only an answer, wanted the user's message before it.")
-    if problems:
-        return problems
-    return tuple({"role": m["role"], "content": m["content"]} for m in messages)
+    needs = [f"  {shape}: {' or '.join(' and '.join(fields) for fields in _SHAPES[shape].needs)}" for shape in possible]
+    what = f"not the format {possible[0]}" if len(possible) == 1 else "no format"
+    heading = f"{name}: the columns {seen[:20]} fit {what}. Say which is which by data.columns. Needed are:"
+    raise DataError("\n".join([heading, *needs]))
 
 
-def _message_problems(message: Any, field: str) -> list[str]:
-    if not isinstance(message, dict):
-        return [f"{field} is {_shown(message)}, wanted an object with role and content."]
-    problems = []
-    unknown = sorted(set(message) - {"role", "content"})
-    if unknown:
-        problems.append(f"{field} has the field(s) {unknown}, which this version does not train. Remove them.")
-    if message.get("role") not in ROLES:
-        problems.append(f"{field}.role is {_shown(message.get('role'))}, wanted one of {', '.join(ROLES)}.")
-    if "content" not in message:
-        problems.append(f"{field}.content is missing.")
-    else:
-        problems += _text_problems(message["content"], f"{field}.content")
-    return problems
+def _readable(source: Source) -> Iterator[Record]:
+    return (entry for entry in source.records() if isinstance(entry, Record))
 
 
-def _text_problems(value: Any, field: str) -> list[str]:
-    if not isinstance(value, str):
-        return [f"{field} is {_shown(value)}, wanted text."]
-    if not value.strip():
-        return [f"{field} is empty."]
-    if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
-        return [f"{field} has a lone surrogate, which is no text. Re-encode the row."]
-    return []
+def _parsed(records: Iterable[Record | Problem], shape: Format, reading: ReadingBlock) -> Iterator[Row | Problem]:
+    for record in records:
+        if isinstance(record, Problem):
+            yield record
+        elif isinstance(row := parse(record, shape, reading), Row):
+            yield row
+        else:
+            yield from row
 
 
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _fields(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A record by our names."""
+    theirs = set(columns.values())
+    renamed = {ours: values[column] for ours, column in columns.items() if column in values}
+    return {**{key: value for key, value in values.items() if key not in theirs}, **renamed}
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        raise ValueError("a key stands twice")
-    return row
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
+def _in(file: str) -> str:
+    return f" ({file})" if file else ""

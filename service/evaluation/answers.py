@@ -15,7 +15,9 @@ from typing import Any
 
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
-from service.data.formats import Row, read_rows
+from service.data.formats import read_rows
+from service.data.rendered import renderer_for
+from service.data.rows import Row
 from service.domain import ModelRef
 from service.errors import DataError, ModelError
 from service.evaluation.task import TaskScores, score_json
@@ -23,9 +25,8 @@ from service.inference.decoder import longest_context
 from service.inference.engine import GenerationRequest, SamplingParams
 from service.inference.torch_engine import TorchEngine
 from service.registry import Registry
-from service.render import Message, load_renderer
+from service.render import Chat, Message, load_renderer
 from service.settings import Settings
-from service.training.plan import renderer_for
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,11 @@ class LoadedModel:
         if self.adapter:
             self.engine.load_adapter(self.adapter, published)
 
-    def answers(self, prompts: Sequence[Sequence[Message]], *, tuned: bool, max_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[Chat], *, tuned: bool, max_tokens: int) -> list[str]:
         """Greedy answers, in order; by the tuned model, or by the base alone. As long as fits beside a long prompt."""
         requests = []
-        for index, messages in enumerate(prompts):
-            ids = tuple(self.renderer.prompt_ids(messages))
+        for index, prompt in enumerate(prompts):
+            ids = tuple(self.renderer.prompt_ids(*prompt))
             room = max(1, min(max_tokens, self.engine.max_context - len(ids)))
             sampling = SamplingParams(max_tokens=room, temperature=0.0)
             requests.append(GenerationRequest(str(index), ids, sampling, self.adapter if tuned else None))
@@ -112,9 +113,9 @@ def compare(
     lengths = [len(model.renderer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in references]
     # Room for half as much again as the longest reference: a model that never stops must not take for ever.
     max_tokens = max(lengths) * 3 // 2 + 16
-    base_prompts = [with_prompt(row.prompt(), base_prompt) for row in rows]
+    base_prompts = [(with_prompt(row.prompt(), base_prompt), row.tools) for row in rows]
     base_answers = model.answers(base_prompts, tuned=False, max_tokens=max_tokens)
-    tuned_answers = model.answers([row.prompt() for row in rows], tuned=True, max_tokens=max_tokens)
+    tuned_answers = model.answers([(row.prompt(), row.tools) for row in rows], tuned=True, max_tokens=max_tokens)
     return compared(model.manifest.ref, rows, base_answers, tuned_answers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from service.config import RunConfig
 from service.data import planner
-from service.data.prepare import TokenRows
+from service.data.shards import TokenRows
 from service.training.objectives.sft import Batch, collate
 from service.training.strategy import World
 
@@ -43,7 +44,13 @@ class Batches:
 
     def tensors(self, sequences: MicroBatch, source: TokenRows) -> Batch:
         """A micro-batch on the device."""
-        return collate([[source[row] for row in pack] for pack in sequences], self.world.device)
+        return self.on_host(sequences, source).to(self.world.device)
+
+    def on_host(self, sequences: MicroBatch, source: TokenRows) -> Batch:
+        """A micro-batch in this machine's memory, from where it goes to the device fastest."""
+        examples = iter(source.take([row for pack in sequences for row in pack]))
+        batch = collate([list(islice(examples, len(pack))) for pack in sequences], torch.device("cpu"))
+        return batch.pinned() if self.world.device.type == "cuda" else batch
 
     def largest(self, source: TokenRows) -> MicroBatch:
         """One as large as any in the run: of the longest rows."""
@@ -57,17 +64,9 @@ class Batches:
         return torch.autocast(self.world.device.type, dtype=self._dtype, enabled=self._dtype is not torch.float32)
 
 
-def make_plan(config: RunConfig, lengths: npt.NDArray[np.int64]) -> planner.Plan:
-    """The steps of a run over examples of so many tokens each."""
-    block = config.optim
-    return planner.make_plan(
-        lengths,
-        block.batch,
-        capacity=config.data.seq_len,
-        epochs=block.epochs,
-        seed=config.seed,
-        max_steps=block.max_steps,
-    )
+def make_plan(config: RunConfig, rows: TokenRows) -> planner.Plan:
+    """The steps of a run over prepared examples."""
+    return planner.plan_of(config, rows.lengths, rows.card.bounds, rows.scores)
 
 
 def micro_sequences(

@@ -53,7 +53,7 @@ _DTYPES = {
 _NOT_LEARNT = (
     *("schema", "scale", "memory", "checkpoint", "evaluate", "stop", "publish"),
     *("model.id", "model.revision", "model.chat_template"),
-    *("data.train", "data.eval", "data.over_long", "data.pack"),
+    *("data.train", "data.eval", "data.test", "data.augment.synonyms", "data.over_long", "data.pack"),
 )
 
 

@@ -30,9 +30,9 @@ from service.registry import ManifestDraft, Registry
 from service.runs import Run, list_runs
 from service.settings import Settings
 from service.training.attempts import train_to_the_end
-from service.training.loop import TrainJob, TrainResult
+from service.training.loop import Metrics, TrainJob, TrainResult
 from service.training.patience import Patience
-from service.training.plan import RunPlan, make_run_plan
+from service.training.plan import Digests, RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
@@ -57,24 +57,31 @@ def train_run(
     """
     line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
-    plan = make_run_plan(resolved, settings, _digests(resume))
+    plan = make_run_plan(resolved, settings, digests(resume))
     run = resume or Run.create(settings.home, run_name(resolved), resolved.text, resolved.as_json(), id=run_id)
     if resume:
         run.set_resolved(resolved.as_json())  # with what was set on resuming
     attempt = _begin(run, plan)
-    try:
+    with driven(run):
         console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
         _warn_of_short_notice(console)
+        job = dataclasses.replace(_job(resolved, settings, run, attempt, plan), profile=profile, asked_at=asked_at)
+        _train_and_finish(job, run, resolved, settings, plan, console)
+    return run
+
+
+@contextmanager
+def driven(run: Run) -> Iterator[None]:
+    """What a driver does for a run that it has begun: a heartbeat, and what ends it early becomes its last status."""
+    try:
         with _heartbeat(run):
-            job = dataclasses.replace(_job(resolved, settings, run, attempt, plan), profile=profile, asked_at=asked_at)
-            _train_and_finish(job, run, resolved, settings, plan, console)
+            yield
     except BaseException as error:
         _mark_failed(run, error)
         if isinstance(error, LorayError) and isinstance(error, (ValueError, LookupError)):
             # Not a mistake in the input any more: there is a run, and it has failed.
             raise TrainingError(f"run {run.id} failed: {type(error).__name__}: {error}") from error
         raise
-    return run
 
 
 def _mark_failed(run: Run, error: BaseException) -> None:
@@ -101,10 +108,12 @@ def _train_and_finish(
     )
 
 
-def _digests(resume: Run | None) -> tuple[str, str | None] | None:
+def digests(resume: Run | None) -> Digests | None:
     """The prepared data of a run that goes on: its source files may have moved, or never have been on this machine."""
     details = resume.status().details if resume else {}
-    return (details["train_digest"], details["eval_digest"]) if "train_digest" in details else None
+    if "train_digest" not in details:
+        return None
+    return details["train_digest"], details["eval_digest"], details.get("test_digest")
 
 
 def run_name(resolved: ResolvedRun) -> str:
@@ -143,10 +152,16 @@ def newest_run_of(home: str, run_file: str) -> str:
 
 def _begin(run: Run, plan: RunPlan) -> int:
     """Mark the run as running here; the number of this attempt. Raises ConflictError when somebody else has it."""
+    cards = {"train": plan.train, "eval": plan.eval, "test": plan.test}
+    data: dict[str, Any] = {f"{side}_digest": card.digest if card else None for side, card in cards.items()}
+    return begin(run, num_steps=plan.num_steps, **data)
+
+
+def begin(run: Run, **details: Any) -> int:
+    """Mark a run as running in this process; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
     here: dict[str, Any] = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
-    data: dict[str, Any] = {"train_digest": plan.train.digest, "eval_digest": plan.eval.digest if plan.eval else None}
-    run.set_state(RunState.RUNNING, attempt=attempt, num_steps=plan.num_steps, **here, **data)
+    run.set_state(RunState.RUNNING, attempt=attempt, **here, **details)
     run.clear_stop()
     return attempt
 
@@ -162,6 +177,7 @@ def _job(resolved: ResolvedRun, settings: Settings, run: Run, attempt: int, plan
         base_digest=plan.base.digest,
         train_digest=plan.train.digest,
         eval_digest=plan.eval.digest if plan.eval else None,
+        test_digest=plan.test.digest if plan.test else None,
     )
 
 
@@ -182,8 +198,10 @@ def _source(name: str, plan: RunPlan) -> str:
 def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
     launcher.connect()
     stop = StopChannel(run)
-    with _stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
-        return train_to_the_end(job, run, stop, view.say, view.poll)
+    with stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
+        result = train_to_the_end(job, run, stop, view.say, view.poll)
+    stop.deliver()  # a signal too late for this run is one for the run that it is a part of
+    return result
 
 
 @contextmanager
@@ -218,7 +236,7 @@ def _warn_of_short_notice(console: Console) -> None:
 
 
 @contextmanager
-def _stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
+def stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
     """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting."""
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -248,10 +266,11 @@ def _finish(
     manifest = None
     if publish:
         registry = Registry(settings.home)
+        again = int(run.status().details.get("attempt", 1)) > 1
         manifest = insist(
             lambda: (
-                _published_before(publish.name, run, registry)
-                or _publish(publish.name, run, resolved, registry, plan, result)
+                (published_before(publish.name, run, registry) if again else None)
+                or publish_model(publish.name, run, resolved, registry, plan, result.metrics)
             )
         )
     report = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
@@ -266,17 +285,16 @@ def _finish(
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
-def _published_before(family: str, run: Run, registry: Registry) -> Manifest | None:
-    """The version that an earlier attempt of this run published, before it was cut short."""
-    if int(run.status().details.get("attempt", 1)) == 1:
-        return None
+def published_before(family: str, run: Run, registry: Registry) -> Manifest | None:
+    """The version that an earlier attempt published of this run, before it was cut short."""
     manifests = (registry.manifest(ModelRef.parse(family).at(v)) for v in reversed(registry.versions(family)))
     return next((manifest for manifest in manifests if manifest.run == run.id), None)
 
 
-def _publish(
-    family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, result: TrainResult
+def publish_model(
+    family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, metrics: Metrics
 ) -> Manifest:
+    """Make what a run has trained, and its gate has passed, the next version of `family`."""
     config, method = resolved.config, resolved.config.method
     draft = ManifestDraft(
         kind="adapter" if isinstance(method, LoraBlock) else "full",
@@ -290,10 +308,10 @@ def _publish(
         config=config.model_dump(mode="json", by_alias=True),
         data={
             name: {"source": card.source, "sha256": card.source_sha256, "rows": card.rows, "tokens": card.tokens}
-            for name, card in (("train", plan.train), ("eval", plan.eval))
+            for name, card in (("train", plan.train), ("eval", plan.eval), ("test", plan.test))
             if card
         },
-        metrics=result.metrics,
+        metrics=metrics,
         run=run.id,
         versions={package: importlib.metadata.version(package) for package in VERSIONED},
     )

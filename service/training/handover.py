@@ -13,7 +13,7 @@ import torch
 
 from service import storage
 from service.config import LoraBlock, RunConfig
-from service.data.prepare import TokenRows
+from service.data.shards import TokenRows
 from service.errors import GateError
 from service.runs import Run
 from service.training import methods

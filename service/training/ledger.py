@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from service import storage
-from service.config import RunConfig, run_from_json
-from service.data import planner, prepare
+from service.config import run_from_json
+from service.data import planner, shards
 from service.domain import RunState
 from service.errors import NotFoundError
 from service.runs import Run
@@ -67,10 +67,12 @@ def check_ledger(run: Run, cache: Path) -> LedgerCheck:
     """Compare a run's ledger with its plan. NotFoundError where the run never began, or its data was deleted."""
     config = run_from_json(run.resolved()).config
     status = run.status()
+    if children := status.details.get("children"):
+        raise NotFoundError(f"run {run.id} has drawn nothing itself. Check its trainings: {', '.join(children)}")
     if "train_digest" not in status.details:
         raise NotFoundError(f"run {run.id} is {status.state} and has drawn nothing yet: there is no plan to check.")
-    rows = prepare.load(status.details["train_digest"], home=run.home, cache=cache)
-    plan = _plan(config, rows)
+    rows = shards.load(status.details["train_digest"], home=run.home, cache=cache)
+    plan = planner.plan_of(config, rows.lengths, rows.card.bounds, rows.scores)
     drawn = run.ledger()
     settled = newest_checkpoint_step(run)
     if status.state is RunState.SUCCEEDED:
@@ -111,18 +113,6 @@ def newest_checkpoint_step(run: Run) -> int:
         if name.isdigit() and storage.exists(run.path("checkpoints", name, "checkpoint.json")):
             return int(name)
     return 0
-
-
-def _plan(config: RunConfig, rows: prepare.TokenRows) -> planner.Plan:
-    """As the training loop makes it. Nothing of `scale` or `memory` is in it."""
-    return planner.make_plan(
-        rows.lengths,
-        config.optim.batch,
-        capacity=config.data.seq_len,
-        epochs=config.optim.epochs,
-        seed=config.seed,
-        max_steps=config.optim.max_steps,
-    )
 
 
 def _shown(numbers: Sequence[int]) -> str:

@@ -27,15 +27,18 @@ import torch
 
 from service.base_models import BaseModel, resolve_base_model
 from service.config import RunConfig
-from service.data import prepare
+from service.data import shards
+from service.data.planner import Rows
+from service.data.shards import TokenRows
 from service.errors import LorayError, ModelError, NotFoundError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
 from service.training import handover, methods, optim, start_checks, strategy
-from service.training.batches import Batches, MicroBatch, make_plan, micro_sequences
+from service.training.batches import Batches, make_plan, micro_sequences
 from service.training.checkpoint import Identity
 from service.training.gate import GateReport
 from service.training.keeper import Keeper
+from service.training.loader import Loader
 from service.training.objectives.sft import SupervisedLoss
 from service.training.patience import Patience
 from service.training.profiling import profiler
@@ -61,6 +64,7 @@ class TrainJob:
     base_digest: str  # what every node must find there
     train_digest: str
     eval_digest: str | None
+    test_digest: str | None = None  # read once, after the last step
     micro: int | None = None  # instead of memory.micro, after that did not fit
     profile: bool = False  # leave a torch profiler trace in the run
     asked_at: float = 0.0  # when the user asked, in seconds since the epoch: start-up is counted from here
@@ -152,10 +156,10 @@ class _Session:
         cache = Path(job.cache)
         insist = Patience(config.checkpoint.retry_s, "the base and the data", self._event).insist
         base = insist(lambda: _verified_base(job, cache))
-        self.rows = insist(lambda: prepare.load(job.train_digest, home=job.home, cache=cache))
+        self.rows = insist(lambda: shards.load(job.train_digest, home=job.home, cache=cache))
         held_out = job.eval_digest
-        self.eval_rows = insist(lambda: prepare.load(held_out, home=job.home, cache=cache)) if held_out else None
-        self.plan = make_plan(config, self.rows.lengths)
+        self.eval_rows = insist(lambda: shards.load(held_out, home=job.home, cache=cache)) if held_out else None
+        self.plan = make_plan(config, self.rows)
         micro = job.micro or self._micro(packed=True)
         self.batches = Batches(config, world, np.argsort(-self.rows.lengths, kind="stable"), micro)
         self.watch.moved("loading the model")
@@ -174,7 +178,10 @@ class _Session:
         step = self._start()
         last = self._metrics_of(step)
         stopped: str | None = None
-        with profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile:
+        with (
+            profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile,
+            self._loader(self.plan.rows, self.plan.num_steps, self.rows) as self.loader,
+        ):
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
@@ -189,8 +196,12 @@ class _Session:
                 if stop and step < self.plan.num_steps:
                     stopped = self.watch.stop_reason or "asked to stop"  # another worker may have seen the reason first
         self.keeper.saver.wait()
-        if stopped is None and (best := self.keeper.back_to_the_best(step)) != step:
-            step, last = best, self._metrics_of(best)
+        if stopped is None:
+            if (best := self.keeper.back_to_the_best(step)) != step:
+                step, last = best, self._metrics_of(best)
+            if measured := self._test():
+                last |= measured
+                self._log(step, last)
         return TrainResult(step, last, stopped, head=self.head, packing=self.packing)
 
     def _start(self) -> int:
@@ -213,8 +224,12 @@ class _Session:
         self._event("packing", self.packing)
         self._event("ready", self._startup())
         if step == 0 and self.config.evaluate.at_start:
-            self._log(0, self._evaluate())
+            self._log(0, self._evaluate("eval", self.eval_rows))
         return step
+
+    def _loader(self, rows_of: Callable[[int], Rows], num_steps: int, source: TokenRows) -> Loader:
+        patience = Patience(self.config.checkpoint.retry_s, "reading data", self._event)
+        return Loader(rows_of, num_steps, self.batches, source, patience, fillers=self.strategy.equal_rounds)
 
     def _micro(self, *, packed: bool) -> int:
         gpu = self.world.device.type == "cuda"
@@ -223,7 +238,7 @@ class _Session:
     def _after_step(self, step: int, metrics: Metrics, report: Callable[[Metrics], None] | None) -> None:
         """Evaluate where it is time, and tell everybody."""
         if step == self.plan.num_steps or _due(step, self.config.evaluate.every.steps):
-            metrics |= self._evaluate()
+            metrics |= self._evaluate("eval", self.eval_rows)
             self.keeper.evaluated(step, metrics)
         self._log(step, metrics)
         if report:
@@ -239,9 +254,8 @@ class _Session:
         long, or overflown in float16, whose loss scale is smaller now.
         """
         started = time.monotonic()
-        rows = self.plan.rows(step)
-        batches = self.batches.of(rows, self.rows)
-        mine = self.batches.mine(batches, self.rows)
+        share = self.loader.begin(step)
+        rows, batches, mine = np.asarray(share.rows), share.batches, share.mine
         supervised = int(self.rows.supervised[rows].sum())
         self.strategy.begin(supervised)
         loss_sum = 0.0
@@ -252,12 +266,13 @@ class _Session:
             self.watch.moved(f"step {step + 1}, micro-batch {turn + 1} of {len(mine)}")
             last = turn == len(mine) - 1
             if index is None:
-                self._filler(batches, last)
+                self._filler(last)
                 continue
             torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
             with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
+                batch = self.loader.take()
                 with self.batches.compute():
-                    loss = self.objective(self.batches.tensors(batches[index], self.rows))
+                    loss = self.objective(batch)
                 value = float(loss.item())
                 suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
                 self.strategy.backward(loss, last=last)
@@ -272,26 +287,29 @@ class _Session:
         self._demand_finite(step, "gradient norm", update.grad_norm, rows, suspects)
         drawn = [int(self.rows.row_numbers[row]) for i in mine if i is not None for pack in batches[i] for row in pack]
         self.ledger.append({"step": step + 1, "ids": drawn})
-        self.step_seconds = self.world.from_first(int(1000 * (time.monotonic() - started))) / 1000
+        seconds = time.monotonic() - started
+        self.step_seconds = self.world.from_first(int(1000 * seconds)) / 1000
         metrics = {
             "train/loss": sums.loss,
             "train/grad_norm": update.grad_norm,
             "train/supervised_tokens": float(supervised),
-            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / (time.monotonic() - started),
+            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / seconds,
+            "train/data_wait_share": self.loader.waited_s / seconds,
             "optim/lr": rate,
-            "train/epoch": (step + 1) / self.plan.steps_per_epoch,
+            "train/epoch": self.plan.epochs(step + 1),
             "memory/peak_bytes": float(_peak_bytes(self.world.device)),
         }
         if self.config.precision == "fp16":
             metrics["optim/loss_scale"] = update.loss_scale
         return metrics, sums.stop
 
-    def _filler(self, batches: list[MicroBatch], last: bool) -> None:
+    def _filler(self, last: bool) -> None:
         """A turn of a worker that has fewer micro-batches than another: where collectives must be equal, one of weight 0."""
+        batch = self.loader.take()
         if not self.strategy.equal_rounds:
             return
         with self.batches.compute():
-            loss = self.objective(self.batches.tensors(batches[0], self.rows))
+            loss = self.objective(batch)
         self.strategy.backward(loss * 0.0, last=last)
 
     def _agree_to_stop(self, turn: int, turns: int) -> bool:
@@ -313,34 +331,42 @@ class _Session:
             return
         suspected = torch.tensor([float(row in suspects) for row in rows], device=self.world.device)
         named = rows[self.world.add_up(suspected).cpu().numpy() > 0]
-        numbers = sorted({int(self.rows.row_numbers[row]) for row in (named if len(named) else rows)})
-        shown = ", ".join(map(str, numbers[:20])) + (f" and {len(numbers) - 20} more" if len(numbers) > 20 else "")
+        numbers = self.rows.row_numbers[named if len(named) else rows].tolist()
         raise TrainingError(
-            f"step {step + 1}: {what} {value}, among rows [{shown}] of {self.rows.card.source}. "
+            f"step {step + 1}: {what} {value}, among rows {self.rows.card.where(numbers)}. "
             "Lower optim.lr, or look at these rows; the last checkpoint is from before."
         )
 
-    @torch.no_grad()
-    def _evaluate(self) -> Metrics:
-        """Held-out loss in nats per supervised token, over all rows, shared between the workers."""
-        if self.eval_rows is None:
+    def _test(self) -> Metrics:
+        """The loss on `data.test` of the model that is saved. Its rows are not even opened before."""
+        if self.job.test_digest is None:
             return {}
-        batches = self.batches.of(range(len(self.eval_rows)), self.eval_rows)
-        mine = self.batches.mine(batches, self.eval_rows)
+        self.watch.moved("the test")
+        digest, cache = self.job.test_digest, Path(self.job.cache)
+        insist = Patience(self.config.checkpoint.retry_s, "the test rows", self._event).insist
+        return self._evaluate("test", insist(lambda: shards.load(digest, home=self.job.home, cache=cache)))
+
+    @torch.no_grad()
+    def _evaluate(self, name: str, rows: TokenRows | None) -> Metrics:
+        """Held-out loss in nats per supervised token, over all rows, shared between the workers; `name` is in the metrics'."""
+        if rows is None:
+            return {}
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         self.model.eval()
-        for turn, index in enumerate(mine):
-            self.watch.moved(f"evaluation, micro-batch {turn + 1} of {len(mine)}")
-            if index is None and not self.strategy.equal_rounds:
-                continue
-            with start_checks.out_of_memory_as_ours(self.batches.micro, self.world), self.batches.compute():
-                log_probs = self.objective.log_probs(self.batches.tensors(batches[index or 0], self.eval_rows))
-            if index is not None:
-                total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
+        with self._loader(lambda _: range(len(rows)), 1, rows) as loader:
+            mine = loader.begin(0).mine
+            for turn, index in enumerate(mine):
+                self.watch.moved(f"{name}, micro-batch {turn + 1} of {len(mine)}")
+                with start_checks.out_of_memory_as_ours(self.batches.micro, self.world), self.batches.compute():
+                    if (batch := loader.take()) is None:
+                        continue
+                    log_probs = self.objective.log_probs(batch)
+                if index is not None:
+                    total += torch.stack([-log_probs.double().sum(), log_probs.new_tensor(len(log_probs)).double()])
         self.model.train()
         nats, tokens = self.world.add_up(total).tolist()
         loss = nats / tokens
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+        return {f"{name}/loss": loss, f"{name}/perplexity": math.exp(min(loss, 700.0))}
 
     def save_and_check(self) -> GateReport | None:
         """Save the model, free the memory, and have a fresh process reproduce the probe; on the first worker only."""

@@ -11,19 +11,20 @@ import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from service.base_models import BaseModel, resolve_base_model
-from service.config import ResolvedRun, RunConfig, read_text
-from service.data import prepare
-from service.data.prepare import DataCard, TokenRows
+from service.config import ResolvedRun, RunConfig
+from service.data import shards
+from service.data.checkup import Checkup
+from service.data.prepare import Prepared, prepare_run
+from service.data.rendered import renderer_for
+from service.data.shards import DataCard, TokenRows
 from service.domain import RunState
 from service.errors import NotFoundError
-from service.render import Renderer, load_renderer
 from service.runs import list_runs
 from service.settings import Settings
 from service.training import compatibility, methods
@@ -36,6 +37,9 @@ from service.training.strategy import World
 
 LOOKED_AT_STEPS = 2000  # for the largest micro-batch, evenly over the run: more than that only repeat
 EARLIER_RUNS = 20  # the newest, among which one like this is looked for
+
+
+Digests = tuple[str, str | None, str | None]  # of the prepared data to train, to evaluate and to test on
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class RunPlan:
     base: BaseModel
     train: DataCard
     eval: DataCard | None
+    test: DataCard | None
     num_steps: int
     steps_per_epoch: int
     micro: int  # sequences of a micro-batch at most
@@ -68,33 +73,30 @@ class RunPlan:
     time: TimePlan | None = None
     probe: ProbeResult | None = None
     advice: tuple[str, ...] = ()
+    checkups: tuple[Checkup, ...] = ()  # of the sources to train on
 
     def as_json(self) -> dict[str, Any]:
         """For `loray plan --json`."""
         return asdict(self) | {
-            "base": {"name": self.base.name, "digest": self.base.digest, "path": str(self.base.path)}
+            "base": {"name": self.base.name, "digest": self.base.digest, "path": str(self.base.path)},
+            "checkups": [checkup.as_json() for checkup in self.checkups],
         }
 
 
-def renderer_for(config: RunConfig, directory: Path) -> Renderer:
-    """The renderer of a run, for a model in `directory`: its own template, or the one that the config names."""
-    template = config.model.chat_template
-    return load_renderer(directory, read_text(template, "model.chat_template") if template else None)
-
-
-def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str, str | None] | None = None) -> RunPlan:
+def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: Digests | None = None) -> RunPlan:
     """Resolve the base, prepare the data (cached by content), count. Raises ConfigError, DataError, ModelError.
 
-    `digests` of the training and evaluation data, as prepared before, stand in for the source files of a resumed run.
+    `digests` of the data as prepared before stand in for the source files of a resumed run.
     """
     config = resolved.config
     base = resolve_base_model(config.model.id, settings.cache, config.model.revision, settings.home)
     architecture = meta_base(base.path).config
     compatibility.refuse(config, architecture)
-    train, held_out = _prepared_before(digests, settings) if digests else _prepared(config, base, settings)
-    rows = prepare.load(train.digest, home=settings.home, cache=settings.cache)
-    steps = make_plan(config, rows.lengths)
-    longest = max(train.longest, held_out.longest if held_out else 0)
+    data = _prepared_before(digests, settings) if digests else _prepared(config, base, settings)
+    train, held_out = data.train, data.eval
+    rows = shards.load(train.digest, home=settings.home, cache=settings.cache)
+    steps = make_plan(config, rows)
+    longest = max(card.longest for card in (train, held_out, data.test) if card)
     compatibility.refuse_steps(config, steps.num_steps, longest, architecture)
     skeleton = methods.skeleton(base.path, config)
     trainable_bytes, frozen_bytes = methods.weight_bytes(skeleton, config)
@@ -103,6 +105,7 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str,
         base=base,
         train=train,
         eval=held_out,
+        test=data.test,
         num_steps=steps.num_steps,
         steps_per_epoch=steps.steps_per_epoch,
         micro=micro_sequences(config, rows.lengths, config.scale.max_workers, gpu=torch.cuda.is_available()),
@@ -112,14 +115,15 @@ def make_run_plan(resolved: ResolvedRun, settings: Settings, digests: tuple[str,
         trainable_parameters=sum(p.numel() for p in skeleton.parameters() if p.requires_grad),
         trainable_weight_bytes=trainable_bytes,
         frozen_weight_bytes=frozen_bytes,
+        checkups=data.checkups,
     )
 
 
 def detailed(plan: RunPlan, resolved: ResolvedRun, settings: Settings, *, probe: bool) -> RunPlan:
     """The plan with memory, time and advice. `probe`: two steps are really made, in a process of its own."""
     config = resolved.config
-    rows = prepare.load(plan.train.digest, home=settings.home, cache=settings.cache)
-    held_out = prepare.load(plan.eval.digest, home=settings.home, cache=settings.cache) if plan.eval else None
+    rows = shards.load(plan.train.digest, home=settings.home, cache=settings.cache)
+    held_out = shards.load(plan.eval.digest, home=settings.home, cache=settings.cache) if plan.eval else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory = plan_memory(config, plan.base.path, _work(config, rows, device), device)
     probed = _probe(config, plan, settings) if probe else None
@@ -127,25 +131,23 @@ def detailed(plan: RunPlan, resolved: ResolvedRun, settings: Settings, *, probe:
     return replace(plan, memory=memory, probe=probed, time=time, advice=tuple(_advice(config, plan, memory)))
 
 
-def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> tuple[DataCard, DataCard | None]:
-    data, renderer = config.data, renderer_for(config, base.path)
-
-    def prepared(uri: str) -> DataCard:
-        return prepare.prepare(uri, renderer, home=settings.home, seq_len=data.seq_len, over_long=data.over_long)
-
-    return prepared(data.train), prepared(data.eval) if data.eval else None
+def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> Prepared:
+    return prepare_run(config, renderer_for(config, base.path), home=settings.home)
 
 
-def _prepared_before(digests: tuple[str, str | None], settings: Settings) -> tuple[DataCard, DataCard | None]:
-    train, held_out = digests
-    card = prepare.find(train, home=settings.home)
-    return card, prepare.find(held_out, home=settings.home) if held_out else None
+def _prepared_before(digests: Digests, settings: Settings) -> Prepared:
+    train, held_out, test = digests
+
+    def found(digest: str | None) -> DataCard | None:
+        return shards.find(digest, home=settings.home) if digest else None
+
+    return Prepared(shards.find(train, home=settings.home), found(held_out), found(test))
 
 
 def _work(config: RunConfig, rows: TokenRows, device: torch.device) -> Work:
     """The largest micro-batch of the run, and whatever else decides how much of it is in memory at once."""
     workers = config.scale.min_workers  # with the fewest, each has the most
-    steps = make_plan(config, rows.lengths)
+    steps = make_plan(config, rows)
     micro = micro_sequences(config, rows.lengths, workers, gpu=device.type == "cuda")
     batches = Batches(config, World(0, workers, device), np.argsort(-rows.lengths, kind="stable"), micro)
     batches.capacity = config.data.seq_len if config.data.pack == "auto" else None
@@ -189,12 +191,12 @@ def _measured(
 ) -> TimePlan:
     workers = config.scale.max_workers
     training_s = plan.total_tokens * probed.seconds_per_token / workers + plan.num_steps * probed.update_s
-    evaluations = 0
+    evaluated_tokens = plan.test.tokens if plan.test else 0
     if held_out is not None:
         every = config.evaluate.every.steps
         between = (plan.num_steps - 1) // every if every else 0
-        evaluations = 1 + between + config.evaluate.at_start
-    evaluation_s = evaluations * int(held_out.lengths.sum()) * probed.forward_s_per_token / workers if held_out else 0.0
+        evaluated_tokens += (1 + between + config.evaluate.at_start) * int(held_out.lengths.sum())
+    evaluation_s = evaluated_tokens * probed.forward_s_per_token / workers
     shown = f"measured here: {probed.steps} steps in one process" + (f", divided by {workers}" if workers > 1 else "")
     return TimePlan(training_s / plan.num_steps, training_s, evaluation_s, shown)
 

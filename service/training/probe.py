@@ -110,7 +110,7 @@ class _Trial:
         import numpy as np
 
         from service.config import RunConfig
-        from service.data import prepare
+        from service.data import shards
         from service.training import methods, strategy
         from service.training.batches import Batches, make_plan, micro_sequences
         from service.training.objectives.sft import SupervisedLoss
@@ -118,8 +118,8 @@ class _Trial:
 
         self._config = config = RunConfig.model_validate(job.config)
         world, workers = World.current(), config.scale.max_workers
-        self._rows = rows = prepare.load(job.train_digest, home=job.home, cache=Path(job.cache))
-        self.plan = make_plan(config, rows.lengths)
+        self._rows = rows = shards.load(job.train_digest, home=job.home, cache=Path(job.cache))
+        self.plan = make_plan(config, rows)
         order = np.argsort(-rows.lengths, kind="stable")
         self._micro = partial(micro_sequences, config, rows.lengths, workers, gpu=world.device.type == "cuda")
         micro = self._micro()

@@ -75,6 +75,8 @@ class ProgressView:
         parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
         if not self._console.is_terminal and "eval/loss" in row:
             parts.append(f"held-out loss {row['eval/loss']:.4f}")
+        if "test/loss" in row:
+            parts.append(f"test loss {row['test/loss']:.4f}")
         if "train/tokens_per_s" in row:
             parts += [f"{row['train/tokens_per_s']:.0f} tokens/s", f"{self._time_left(row['step'])} left"]
         return "  ".join(parts)

@@ -73,6 +73,7 @@ def _page(
         "training loss": f"{rows[0].get('train/loss', rows[min(1, len(rows) - 1)].get('train/loss')):.4f} -> "
         f"{rows[-1]['train/loss']:.4f} nats per trained token",
         "held-out loss": held_out,
+        **({"test loss": f"{result.metrics['test/loss']:.4f}, measured once, at the end"} if plan.test else {}),
         "speed": f"median {sorted(rates)[len(rates) // 2]:.0f} tokens/s over all workers",
         "start-up": startup(run),
         "peak memory": f"{rows[-1]['memory/peak_bytes'] / 2**30:.2f} GiB (worker 0)",

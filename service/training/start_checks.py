@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from service.data.prepare import TokenRows
+from service.data.shards import TokenRows
 from service.errors import ModelError, OutOfMemoryError
 from service.training.batches import Batches
 from service.training.objectives.sft import PROBE_TOKENS, SupervisedLoss, TokenArrays, collate

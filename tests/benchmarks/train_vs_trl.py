@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -129,10 +128,8 @@ def rows(base: Path, share: float, count: int) -> tuple[npt.NDArray[np.int32], n
 
 def ours(base: Path, share: float, steps: int) -> list[float]:
     """The training loop itself, from prepared rows in a home of its own; seconds of each step."""
-    from safetensors.numpy import save_file
-
     from service.config import load_run
-    from service.data.prepare import DataCard
+    from service.data import shards
     from service.runs import Run
     from service.training.loop import TrainJob, train
     from service.training.strategy import World
@@ -140,16 +137,18 @@ def ours(base: Path, share: float, steps: int) -> list[float]:
     ids, mask = rows(base, share, steps * PACKS_A_STEP * PACK // ROW)
     with tempfile.TemporaryDirectory() as name:
         home, digest = Path(name) / "home", hashlib.sha256(ids.tobytes() + mask.tobytes()).hexdigest()
-        directory = home / "datasets" / digest
-        directory.mkdir(parents=True)
-        offsets = np.arange(0, ids.size + 1, ROW, dtype=np.int64)
-        arrays: dict[str, npt.NDArray[Any]] = {"ids": ids.ravel(), "mask": mask.ravel(), "offsets": offsets}
-        save_file({**arrays, "row_numbers": np.arange(1, len(ids) + 1)}, directory / "tokens.safetensors")
-        card = DataCard(
-            source="random", digest=digest, source_sha256="", renderer_digest="", rows=len(ids), examples=len(ids),
-            rows_split_by_turn=0, rows_dropped=0, tokens=ids.size, supervised_tokens=int(mask.sum()), longest=ROW,
-        )  # fmt: skip
-        (directory / "card.json").write_text(json.dumps(asdict(card)))
+        with shards.attempt(digest, home=str(home)) as place:
+            writer = shards.ShardWriter(str(home / "datasets"), f"{place}/tokens")
+            for number, (row, trained) in enumerate(zip(ids.tolist(), mask.tolist(), strict=True), 1):
+                writer.add(row, trained, number)
+            index = f"{place}/index.arrow"
+            counts = shards.write_index(str(home / "datasets" / index), [writer.close()], writer.shards)
+            part = shards.Part("random", digest, len(ids), files=(("random", 0),))
+            card = shards.DataCard(
+                source="random", digest=digest, source_sha256="", renderer_digest="", rows=len(ids),
+                rows_split_by_turn=0, rows_dropped=0, parts=(part,), index=index, **counts,
+            )  # fmt: skip
+            shards.publish(card, home=str(home))
         file = Path(name) / "run.yaml"
         file.write_text(
             f"model: {base}\ndata: {{train: random, seq_len: {PACK}}}\nmethod: {{type: lora, r: {RANK}, alpha: 32}}\n"

@@ -65,6 +65,7 @@ def make_job(run_file: Path, settings: Settings, overrides: Sequence[str] = ()) 
         base_digest=plan.base.digest,
         train_digest=plan.train.digest,
         eval_digest=plan.eval.digest if plan.eval else None,
+        test_digest=plan.test.digest if plan.test else None,
     )
     return run, job
 

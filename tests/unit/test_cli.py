@@ -15,7 +15,8 @@ import pytest
 from service import storage
 from service.cli.app import main
 from service.config import load_run
-from service.data import planner, prepare
+from service.data import planner
+from service.data.prepare import prepare_run
 from service.domain import ModelRef, RunState
 from service.errors import NotFoundError
 from service.logs import LogWriter
@@ -201,9 +202,7 @@ def _prepared_run(home: str) -> Run:
     resolved = load_run("run.yaml")
     run = Run.create(home, "tickets", resolved.text, resolved.as_json())
     save_tokenizer(Path("tokenizer"))
-    card = prepare.prepare(
-        str(Path("rows.jsonl").absolute()), load_renderer(Path("tokenizer")), home=home, seq_len=1024, over_long="error"
-    )
+    card = prepare_run(resolved.config, load_renderer(Path("tokenizer")), home=home).train
     run.set_state(RunState.RUNNING, train_digest=card.digest)
     plan = planner.make_plan([2, 2, 2], resolved.config.optim.batch, capacity=1024, epochs=1, seed=0, max_steps=None)
     with LogWriter(run.path("ledger"), "a1-r0") as log:

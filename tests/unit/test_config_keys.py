@@ -40,15 +40,15 @@ class _Reads:
     """The dotted names that a source file reads off a config.
 
     `config.optim.lr` is one; so is `block.every.steps` where `block` is annotated as a CheckpointBlock, or was assigned
-    from `config.checkpoint`. What is called `config` is taken for one.
+    from `config.checkpoint`, or goes through several that were. What is called `config` is taken for one.
     """
 
     def __init__(self, model: type[BaseModel], tree: ast.AST) -> None:
         self._paths: dict[str, set[str]] = defaultdict(set)  # by class: where in the config such a block stands
         self._paths[model.__name__].add("")
         for key, annotation in _fields(model):
-            for block in blocks_of(annotation):
-                self._paths[block.__name__].add(f"{key}.")
+            for cls in (cls for block in blocks_of(annotation) for cls in block.__mro__ if issubclass(cls, BaseModel)):
+                self._paths[cls.__name__] |= {f"{key}."} if cls.model_fields else set()
         self._names: dict[str, set[str]] = defaultdict(set, {"config": {""}})
         nodes = list(ast.walk(tree))
         for node in nodes:
@@ -59,6 +59,8 @@ class _Reads:
         for node in nodes:
             if isinstance(node, ast.Assign):
                 self._assign(node.targets[0], node.value)
+            elif isinstance(node, ast.For | ast.comprehension) and isinstance(node.target, ast.Name):
+                self._assign(node.target, node.iter)
         self.found = {p.rstrip(".") for node in nodes if isinstance(node, ast.Attribute) for p in self._resolve(node)}
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
@@ -111,7 +113,7 @@ def test_no_key_is_read_by_nothing(model: type[BaseModel], packages: tuple[str, 
     assert [key for key in keys if key not in read] == []
 
 
-def test_reading_is_seen_through_arguments_assignments_and_attributes() -> None:
+def test_reading_is_seen_through_arguments_assignments_loops_and_attributes() -> None:
     code = """
 class Saver:
     def __init__(self, block: CheckpointBlock, config: RunConfig) -> None:
@@ -120,7 +122,10 @@ class Saver:
 
     def due(self) -> int:
         return self._block.every.steps
+
+def weights(sources: Sequence[SourceBlock], reading: ReadingBlock):
+    return [source.weight for source in sources], reading.columns
 """
     found = _Reads(RunConfig, ast.parse(code)).found
-    assert {"optim.batch.rows", "checkpoint.every.steps"} <= found
+    assert {"optim.batch.rows", "checkpoint.every.steps", "data.train.weight", "data.train.columns"} <= found
     assert not {"evaluate.every.steps", "seed", "optim.lr", "checkpoint.keep_last"} & found

@@ -77,8 +77,13 @@ def test_only_entrypoints_reach_up_to_the_jobs_and_the_command_line() -> None:
 
 @pytest.mark.parametrize(
     ("library", "owner"),
-    [("ray.train", "service/training/trainer.py"), ("ray.serve", "serve/"), ("vllm", "serve/vllm_engine.py")],
-    ids=["train", "serve", "vllm"],
+    [
+        ("ray.train", "service/training/trainer.py"),
+        ("ray.data", "service/data/workers.py"),
+        ("ray.serve", "serve/"),
+        ("vllm", "serve/vllm_engine.py"),
+    ],
+    ids=["train", "data", "serve", "vllm"],
 )
 def test_each_of_these_libraries_has_one_owner(library: str, owner: str) -> None:
     users = {str(file.relative_to(ROOT)) for file in _files(*OURS) if any(_within(m, library) for m in _imports(file))}
@@ -109,7 +114,9 @@ def test_the_command_line_starts_without_torch_ray_and_transformers() -> None:
     assert heavy & _loaded_by("service.cli.app") == set()
 
 
-@pytest.mark.parametrize("module", ["service.training.driver", "jobs.train", "jobs.demo", "jobs.doctor"])
+@pytest.mark.parametrize(
+    "module", ["service.training.driver", "jobs.train", "jobs.demo", "jobs.doctor", "jobs.prepare"]
+)
 def test_ray_is_loaded_after_its_authentication_is_set(module: str) -> None:
     """Ray reads the mode when it is imported, and what starts a run sets it first: `launcher.use_token_authentication`."""
     assert "ray" not in _loaded_by(module)

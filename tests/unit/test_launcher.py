@@ -65,11 +65,34 @@ def test_a_staged_run_reads_as_the_same_run_from_what_travels(here: Path, monkey
     with launcher.staged(resolved) as (directory, overrides):
         monkeypatch.chdir(directory)
         there = load_run("run.yaml", overrides)
+        assert isinstance(there.config.data.train, str)
         assert Path(there.config.data.train).read_text() == (here / "rows.jsonl").read_text()
         assert isinstance(there.config.method, LoraBlock) and there.config.method.init_from is not None
         assert (Path(there.config.method.init_from) / "adapter_config.json").is_file()
         assert _without_places(there) == _without_places(resolved)
         assert (directory / "service").is_dir() and (directory / "jobs").is_dir()
+
+
+def test_several_sources_a_directory_the_test_rows_and_the_synonyms_travel_too(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "more").mkdir()
+    for name in ("more/rows.jsonl", "more/others.jsonl", "held.jsonl", "test.jsonl", "table.tsv"):
+        (here / name).write_text(name)
+    train = "[rows.jsonl, {uri: more, weight: 2.0, format: qa}, 's3://bucket/rows.jsonl', 'hub:owner/name']"
+    sides = "eval: held.jsonl, test: test.jsonl, mix: {by: weights}"
+    augment = "augment: {copies: 1, synonym: 0.1, synonyms: table.tsv}"
+    (here / "run.yaml").write_text(f"model: base\ndata: {{train: {train}, {sides}, {augment}}}\n")
+    with launcher.staged(load_run("run.yaml")) as (directory, overrides):
+        monkeypatch.chdir(directory)
+        data = load_run("run.yaml", overrides).config.data
+        first, second, *others = data.sources
+        assert Path(first.uri).read_text() == (here / "rows.jsonl").read_text()
+        assert sorted(file.name for file in Path(second.uri).iterdir()) == ["others.jsonl", "rows.jsonl"]
+        assert (second.weight, second.format) == (2.0, "qa")
+        assert [source.uri for source in others] == ["s3://bucket/rows.jsonl", "hub:owner/name"]
+        for uri, name in ((data.eval, "held.jsonl"), (data.test, "test.jsonl"), (data.augment.synonyms, "table.tsv")):
+            assert uri is not None and uri != name and Path(uri).read_text() == name
 
 
 def _without_places(resolved: ResolvedRun) -> dict[str, object]:

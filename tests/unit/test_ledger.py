@@ -14,7 +14,8 @@ import pytest
 
 from service import storage
 from service.config import load_run
-from service.data import planner, prepare
+from service.data import planner, shards
+from service.data.prepare import prepare_run
 from service.domain import RunState
 from service.errors import NotFoundError
 from service.logs import LogWriter
@@ -26,9 +27,9 @@ from tests.integration.tiny import save_tokenizer
 ROWS = 26
 RUN_FILE = """
 model: base
-data: {train: rows.jsonl}
-optim: {batch: {rows: 4}, epochs: 2, max_steps: 12}
-scale: {workers: 2}
+data: {{train: {rows}}}
+optim: {{batch: {{rows: 4}}, epochs: 2, max_steps: 12}}
+scale: {{workers: 2}}
 seed: 3
 """
 
@@ -50,10 +51,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     file = directory / "rows.jsonl"
     file.write_text("".join(json.dumps({"prompt": "q", "completion": "a" * n}) + "\n" for n in range(1, ROWS + 1)))
     home = str(directory / "home")
-    card = prepare.prepare(
-        str(file), load_renderer(directory / "tokenizer"), home=home, seq_len=1024, over_long="error"
-    )
-    (directory / "run.yaml").write_text(RUN_FILE)
+    (directory / "run.yaml").write_text(RUN_FILE.format(rows=file))
+    config = load_run(str(directory / "run.yaml")).config
+    card = prepare_run(config, load_renderer(directory / "tokenizer"), home=home).train
     return Prepared(home, directory / "cache", card.digest, directory / "run.yaml")
 
 
@@ -65,7 +65,7 @@ class Job:
         resolved = load_run(str(prepared.run_file), overrides)
         self.run = Run.create(prepared.home, "tickets", resolved.text, resolved.as_json())
         self.run.set_state(RunState.RUNNING, train_digest=prepared.digest, workers=2)
-        self.rows = prepare.load(prepared.digest, home=prepared.home, cache=prepared.cache)
+        self.rows = shards.load(prepared.digest, home=prepared.home, cache=prepared.cache)
         optim = resolved.config.optim
         self.plan = planner.make_plan(
             self.rows.lengths, optim.batch, capacity=1024, epochs=optim.epochs, seed=3, max_steps=optim.max_steps

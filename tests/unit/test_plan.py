@@ -13,7 +13,7 @@ from rich.console import Console
 
 from service.cli.planned import plan_tables
 from service.config import load_run
-from service.data import prepare
+from service.data import shards
 from service.domain import RunState
 from service.errors import ConfigError
 from service.logs import LogWriter
@@ -44,7 +44,7 @@ def _detailed(run_file: Path, settings: Settings, *overrides: str) -> RunPlan:
 def test_steps_tokens_and_parameters_are_counted(base: Path, settings: Settings, tmp_path: Path) -> None:
     resolved = load_run(str(write_run_file(tmp_path / "run", base, num_rows=20)))
     plan = make_run_plan(resolved, settings)
-    rows = prepare.load(plan.train.digest, home=settings.home, cache=settings.cache)
+    rows = shards.load(plan.train.digest, home=settings.home, cache=settings.cache)
     assert (plan.num_steps, plan.steps_per_epoch) == (8, 4)  # 20 rows, 6 a step, two epochs
     assert plan.total_tokens == 2 * rows.lengths.sum()
     assert plan.supervised_tokens == 2 * rows.supervised.sum() < plan.total_tokens

@@ -47,6 +47,17 @@ class Batch:
         """The supervised tokens, sequence by sequence. An example's first token has nothing before it and is never one."""
         return self.ids_BT[:, 1:][self.trained_BT[:, 1:]]
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device; out of pinned memory without waiting."""
+        positions_BT = None if self.positions_BT is None else self.positions_BT.to(device, non_blocking=True)
+        ids_BT, trained_BT = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BT, self.trained_BT))
+        return Batch(ids_BT, trained_BT, positions_BT)
+
+    def pinned(self) -> Batch:
+        """The same in host memory that a GPU reads by itself."""
+        positions_BT = None if self.positions_BT is None else self.positions_BT.pin_memory()
+        return Batch(self.ids_BT.pin_memory(), self.trained_BT.pin_memory(), positions_BT)
+
 
 def collate(packs: Sequence[Sequence[TokenArrays]], device: torch.device) -> Batch:
     """Each pack, of one or several examples, is one sequence; shorter ones are padded on the right.

@@ -11,7 +11,7 @@ import pytest
 
 from serve.prompts import LONG_CHARS, Prompts
 from service.errors import RequestError
-from service.render import Message, Renderer
+from service.render import Message, Renderer, Tool
 from tests.integration import tiny
 
 CONTEXT = 50_000  # tokens
@@ -24,10 +24,10 @@ class Gated(Renderer):
     gate = threading.Event()
     num_read = 0
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         Gated.num_read += 1
         assert len(messages[0]["content"]) <= LONG_CHARS or self.gate.wait(DEADLINE_S)
-        return super().prompt_ids(messages)
+        return super().prompt_ids(messages, tools)
 
 
 @pytest.fixture

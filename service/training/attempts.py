@@ -37,7 +37,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
     """
     config = RunConfig.model_validate(job.config)
     scale = config.scale
-    insist = Patience(config.checkpoint.retry_s, "the run's directory", lambda kind, text: say(text)).insist
+    retry_s = config.checkpoint.retry_s
+    insist = Patience([run.uri], retry_s, "the run's directory", lambda kind, text: say(text)).insist
     failures, newest = 0, insist(lambda: newest_step(run.uri))
     while True:
         found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None)

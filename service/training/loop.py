@@ -91,12 +91,12 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
-    retry_s = RunConfig.model_validate(job.config).checkpoint.retry_s
-    run = Patience(retry_s, "opening the run", _unheard).insist(lambda: _open(job, world))
+    config = RunConfig.model_validate(job.config)
+    run = Patience([job.home], config.checkpoint.retry_s, "opening the run", _unheard).insist(lambda: _open(job, world))
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
-        session = _Session(job, world, run, log, closing)
+        session = _Session(job, config, world, run, log, closing)
         result = session.train_steps(report)
         if result.stopped is None:
             result = replace(result, gate=session.save_and_check())
@@ -136,9 +136,16 @@ def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> N
 class _Session:
     """What lives as long as one attempt: the model, its optimizer, the data, the logs."""
 
-    def __init__(self, job: TrainJob, world: World, run: Run, log: RankLog, closing: list[Callable[[], None]]) -> None:
-        self.job, self.world, self.run, self.log = job, world, run, log
-        self.config = config = RunConfig.model_validate(job.config)
+    def __init__(
+        self,
+        job: TrainJob,
+        config: RunConfig,
+        world: World,
+        run: Run,
+        log: RankLog,
+        closing: list[Callable[[], None]],
+    ) -> None:
+        self.job, self.config, self.world, self.run, self.log = job, config, world, run, log
         writer = f"a{job.attempt}-r{world.rank}"
         self.metrics, self.ledger, self.events = (
             LogWriter(run.path(name), writer, flush_every_s=math.inf) for name in ("metrics", "ledger", "events")
@@ -150,8 +157,8 @@ class _Session:
         where = f"{world.rank} of {world.size} on {world.place}, process {os.getpid()}"
         self.events.append({"time": time.time(), "kind": "worker", "text": where, "place": world.place})
         cache = Path(job.cache)
-        insist = Patience(config.checkpoint.retry_s, "the base and the data", self._event).insist
-        base = insist(lambda: _verified_base(job, cache))
+        insist = self._patience("the base and the data").insist
+        base = insist(lambda: _verified_base(job, config, cache))
         self.rows = insist(lambda: prepare.load(job.train_digest, home=job.home, cache=cache))
         held_out = job.eval_digest
         self.eval_rows = insist(lambda: prepare.load(held_out, home=job.home, cache=cache)) if held_out else None
@@ -359,8 +366,8 @@ class _Session:
                 return None
             self.watch.moved("the gate")
             cache = Path(self.job.cache)
-            insist = Patience(self.config.checkpoint.retry_s, "the finished model", self._event).insist
-            base = insist(lambda: _verified_base(self.job, cache))  # again: the cache may have been deleted meanwhile
+            insist = self._patience("the finished model").insist
+            base = insist(lambda: _verified_base(self.job, self.config, cache))  # its cache may have been deleted meanwhile
             return handover.check_and_keep(
                 directory, base.path, probe, self.config, self.run, self.job.home, cache, insist
             )
@@ -373,9 +380,13 @@ class _Session:
 
     def _metrics_of(self, step: int) -> Metrics:
         """What was logged for a step by an earlier attempt, or before."""
-        insist = Patience(self.config.checkpoint.retry_s, "the run's metrics", self._event).insist
-        rows = [row for row in insist(self.run.metrics) if row["step"] == step] if step else []
+        metrics = self._patience("the run's metrics").insist(self.run.metrics) if step else []
+        rows = [row for row in metrics if row["step"] == step]
         return {name: value for row in rows for name, value in row.items() if name != "step"}
+
+    def _patience(self, what: str) -> Patience:
+        places = (self.job.home, self.job.base_source)
+        return Patience(places, self.config.checkpoint.retry_s, what, self._event)
 
     def _startup(self) -> str:
         """Where the seconds between asking and the first step went."""
@@ -400,8 +411,8 @@ class _Session:
             self.events.append({"time": time.time(), "kind": kind, "text": text})
 
 
-def _verified_base(job: TrainJob, cache: Path) -> BaseModel:
-    base = resolve_base_model(job.base_source, cache, RunConfig.model_validate(job.config).model.revision, job.home)
+def _verified_base(job: TrainJob, config: RunConfig, cache: Path) -> BaseModel:
+    base = resolve_base_model(job.base_source, cache, config.model.revision, job.home)
     if base.digest != job.base_digest:
         raise ModelError(
             f"base model {job.base_source!r} on this node has the digest {base.digest[:12]}, the run was planned with "

@@ -185,7 +185,10 @@ class _Session:
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
-                metrics, stop = self._step(step)
+                with start_checks.out_of_memory_as_ours(
+                    self.batches.micro, self.world
+                ):  # moments are made in an update
+                    metrics, stop = self._step(step)
                 profile.step()
                 if metrics is not None:  # else it was not made
                     step, last = step + 1, metrics
@@ -262,12 +265,11 @@ class _Session:
                 self._filler(batches, last)
                 continue
             torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
-            with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
-                with self.batches.compute():
-                    loss = self.objective(self.batches.tensors(batches[index], self.rows))
-                value = float(loss.item())
-                suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
-                self.strategy.backward(loss, last=last)
+            with self.batches.compute():
+                loss = self.objective(self.batches.tensors(batches[index], self.rows))
+            value = float(loss.item())
+            suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
+            self.strategy.backward(loss, last=last)
             loss_sum += value
         sums = self.strategy.finish(loss_sum, stop=self.watch.stop_reason is not None)
         self._demand_finite(step, "loss", sums.loss, rows, suspects)
@@ -367,7 +369,9 @@ class _Session:
             self.watch.moved("the gate")
             cache = Path(self.job.cache)
             insist = self._patience("the finished model").insist
-            base = insist(lambda: _verified_base(self.job, self.config, cache))  # its cache may have been deleted meanwhile
+            base = insist(
+                lambda: _verified_base(self.job, self.config, cache)
+            )  # its cache may have been deleted meanwhile
             return handover.check_and_keep(
                 directory, base.path, probe, self.config, self.run, self.job.home, cache, insist
             )

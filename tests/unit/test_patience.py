@@ -62,7 +62,7 @@ def test_a_directory_is_asked_once(
 ) -> None:
     monkeypatch.setattr(time, "sleep", never)
     store = Store(2)
-    with pytest.raises(StorageError, match="^failure 1$"):
+    with pytest.raises(StorageError, match=r"^failure 1$"):
         patience(*places).insist(store)
     assert store.asked == 1 and events == []
 

@@ -14,14 +14,18 @@ SAID = "Task was killed due to the node running low on memory.\nMemory on the no
 
 
 def killed_for_memory() -> Exception:
-    return WorkerHealthCheckFailedError("A worker health check failed.", ray.exceptions.OutOfMemoryError(SAID))
+    failure: Exception = WorkerHealthCheckFailedError(
+        "A worker health check failed.", ray.exceptions.OutOfMemoryError(SAID)
+    )
+    return failure
 
 
 def killed() -> Exception:
     # What Ray says of every SIGKILL: that it may have been memory is no sign of memory.
     text = "Worker exit detail: connection error code 2. (1) the process was killed by the OOM killer due to high memory usage"
     died = ray.exceptions.ActorDiedError(ActorDiedErrorContext(error_message=text, actor_id=b"0" * 16))
-    return WorkerHealthCheckFailedError("A worker health check failed.", died)
+    failure: Exception = WorkerHealthCheckFailedError("A worker health check failed.", died)
+    return failure
 
 
 def peer_lost() -> Exception:

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, islice
 from pathlib import Path
@@ -64,18 +64,19 @@ class NodeFacts:
 def examine(settings: Settings, workers: int) -> list[Check]:
     """Every check, on the connected cluster. Raises ClusterError when Ray itself does not answer."""
     token = secrets.token_hex(16)
+    silent: dict[str, Check] = {}
     place = storage.join(settings.home, "doctor", token)
     try:
         storage.write_bytes(storage.join(place, "driver"), token.encode())
-        facts = _facts_of_all_nodes(settings, place)
-        checks = [*_versions(facts), *_storage(facts, settings.home, place, token), *_sizes(facts)]
+        facts, silent = _facts_of_all_nodes(settings, place)
+        checks = [*silent.values(), *_versions(facts), *_storage(facts, settings.home, place, token), *_sizes(facts)]
     except LorayError as error:
         checks = [
             Check("shared storage", "driver", False, str(error), "Set LORAY_HOME to storage that all nodes share.")
         ]
     finally:
         storage.delete_tree(place)
-    return [*checks, _room(workers), *_bandwidths()]
+    return [*checks, _room(workers), *_bandwidths(without=silent.keys())]
 
 
 def as_table(checks: Sequence[Check]) -> Table:
@@ -86,20 +87,54 @@ def as_table(checks: Sequence[Check]) -> Table:
     return table
 
 
-def _facts_of_all_nodes(settings: Settings, place: str) -> list[NodeFacts]:
+def _facts_of_all_nodes(settings: Settings, place: str) -> tuple[list[NodeFacts], dict[str, Check]]:
+    """What the nodes say, and by its id a problem for each that says nothing."""
     import ray
+    import ray.exceptions
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     ask = ray.remote(num_cpus=0)(_look_around)
-    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nodes = _nodes()
     answers = [
-        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+        ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
             settings.home, str(settings.cache), place
         )
         for node in nodes
     ]
-    facts: list[NodeFacts] = ray.get(answers, timeout=ANSWER_TIMEOUT_S)
-    return facts
+    ray.wait(answers, num_returns=len(answers), timeout=ANSWER_TIMEOUT_S)  # for all of them together
+    facts: list[NodeFacts] = []
+    silent: dict[str, Check] = {}
+    for node, answer in zip(nodes, answers, strict=True):
+        try:
+            facts.append(ray.get(answer, timeout=0))
+        except ray.exceptions.RayError as error:
+            late = isinstance(error, ray.exceptions.GetTimeoutError)
+            found = f"no answer within {ANSWER_TIMEOUT_S:g} s" if late else f"{type(error).__name__}: {error}"[:300]
+            remedy = "Look at the node and at Ray's logs there (raylet.out), or remove it from the cluster."
+            silent[node.id] = Check("answer", node.name, False, found, remedy)
+            ray.cancel(answer, force=True)
+    return facts, silent
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node as Ray knows it."""
+
+    id: str
+    host: str
+    gpus: int
+
+    @property
+    def name(self) -> str:
+        """For people; several nodes may be on one host."""
+        return f"{self.host} {self.id[:6]}"
+
+
+def _nodes() -> list[Node]:
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return [Node(n["NodeID"], n["NodeManagerHostname"], int(n["Resources"].get("GPU", 0))) for n in alive]
 
 
 def _look_around(home: str, cache: str, place: str) -> NodeFacts:
@@ -135,12 +170,17 @@ def _memory_free() -> int:
 def _versions(facts: list[NodeFacts]) -> Iterator[Check]:
     here = _installed()
     for node in facts:
-        odd = {p: (v, node.versions[p]) for p, v in here.items() if node.versions[p] != v}
+        # Without the build's name (+cpu, +cu128): a driver on a node without a GPU may have another one.
+        odd = {p: (v, node.versions[p]) for p, v in here.items() if _public(node.versions[p]) != _public(v)}
         found = ", ".join(f"{p} {there} (driver: {ours})" for p, (ours, there) in odd.items())
         missing = [p for p in PACKAGES if node.versions[p] == "absent"]
         good = ", ".join(f"{p} {here[p]}" for p in ("python", "torch", "ray", *OPTIONAL))
         remedy = "Install the same versions on every node; one image for all is the simplest." if odd or missing else ""
         yield Check("versions", node.node, not odd and not missing, found or good, remedy)
+
+
+def _public(version: str) -> str:
+    return version.partition("+")[0]
 
 
 def _storage(facts: list[NodeFacts], home: str, place: str, token: str) -> Iterator[Check]:
@@ -180,29 +220,39 @@ def _room(workers: int) -> Check:
     )
 
 
-def _bandwidths() -> Iterator[Check]:
-    """All-reduce between pairs of nodes, or between two processes of the only one: NCCL where there are GPUs, else gloo."""
-    import ray
-    import ray.exceptions
-
-    nodes = [(node["NodeID"], node["NodeManagerHostname"]) for node in ray.nodes() if node["Alive"]]
-    gpu = ray.cluster_resources().get("GPU", 0) >= 2
-    pairs = combinations(nodes, 2) if len(nodes) > 1 else [(nodes[0], nodes[0])]
-    for (left, left_name), (right, right_name) in islice(pairs, MAX_PAIRS):
-        where = f"{left_name} {left[:6]} - {right_name} {right[:6]}"
+def _bandwidths(without: Collection[str]) -> Iterator[Check]:
+    """All-reduce between pairs of nodes: NCCL where both have a GPU, else gloo. `without`: ids of nodes that do not answer."""
+    nodes = [node for node in _nodes() if node.id not in without]
+    for left, right, gpu in islice(pairs(nodes), MAX_PAIRS):
+        where = f"{left.name} - {right.name}"
         try:
-            rate = _rate(left, right, gpu=gpu)
+            rate, backend = _rate(left.id, right.id, gpu=gpu)
         except Exception as error:  # whatever a network does: the check's answer is that it did
             yield Check(
                 "collectives", where, False, f"{type(error).__name__}: {error}"[:300], "Open all ports between them."
             )
             continue
-        ok = rate >= MIN_BYTES_PER_S
-        found = f"{rate / 1e6:,.0f} MB/s all-reduce of {MESSAGE_BYTES >> 20} MiB ({'nccl' if gpu else 'gloo'})"
-        yield Check("collectives", where, ok, found, "" if ok else "Look at the network between these nodes.")
+        found = f"{rate / 1e6:,.0f} MB/s all-reduce of {MESSAGE_BYTES >> 20} MiB ({backend})"
+        remedy = "" if rate >= MIN_BYTES_PER_S else "Look at the network between these nodes."
+        if gpu and backend != "nccl":
+            remedy = "Ray counts GPUs there that torch cannot use: install a torch for CUDA, and look at nvidia-smi."
+        yield Check("collectives", where, not remedy, found, remedy)
 
 
-def _rate(left: str, right: str, *, gpu: bool) -> float:
+def pairs(nodes: Sequence[Node]) -> Iterator[tuple[Node, Node, bool]]:
+    """The nodes that will talk to each other in a run, and whether over their GPUs; the only one with itself.
+
+    Where some have GPUs, those are where workers go, and a head without one is left out.
+    """
+    able = [node for node in nodes if node.gpus] or list(nodes)
+    if len(able) == 1:
+        yield able[0], able[0], able[0].gpus >= 2
+    for left, right in combinations(able, 2):
+        yield left, right, left.gpus > 0
+
+
+def _rate(left: str, right: str, *, gpu: bool) -> tuple[float, str]:
+    """Bytes per second, and by which backend."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -213,11 +263,12 @@ def _rate(left: str, right: str, *, gpu: bool) -> float:
     ]
     try:
         address = ray.get(both[0].address.remote(), timeout=ANSWER_TIMEOUT_S)
-        rates = ray.get([p.all_reduce.remote(rank, address) for rank, p in enumerate(both)], timeout=ANSWER_TIMEOUT_S)
+        asked = [p.all_reduce.remote(rank, address, gpu=gpu) for rank, p in enumerate(both)]
+        answers: list[tuple[float, str]] = ray.get(asked, timeout=ANSWER_TIMEOUT_S)
     finally:
         for actor in both:
             ray.kill(actor)
-    return float(min(rates))
+    return min(answers)
 
 
 class _Peer:
@@ -230,13 +281,14 @@ class _Peer:
             free.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
-    def all_reduce(self, rank: int, address: str) -> float:
-        """Bytes per second, the best of three."""
+    def all_reduce(self, rank: int, address: str, *, gpu: bool) -> tuple[float, str]:
+        """Bytes per second, the best of three, and the backend: gloo also where torch finds no GPU."""
         import torch
         import torch.distributed as dist
 
-        cuda = torch.cuda.is_available()
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=address, rank=rank, world_size=2)
+        cuda = gpu and torch.cuda.is_available()
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, init_method=address, rank=rank, world_size=2)
         tensor: Any = torch.ones(MESSAGE_BYTES // 4, device="cuda" if cuda else "cpu")
         best = float("inf")
         for _ in range(4):  # the first one connects
@@ -245,4 +297,4 @@ class _Peer:
             float(tensor[0])  # on a GPU, wait for it
             best = min(best, time.monotonic() - started)
         dist.destroy_process_group()
-        return MESSAGE_BYTES / best
+        return MESSAGE_BYTES / best, backend

@@ -20,7 +20,7 @@ from service.training import placement, trainer
 from service.training.checkpoint import newest_step
 from service.training.loop import TrainJob, TrainResult
 from service.training.patience import Patience
-from service.training.placement import Resources
+from service.training.placement import Growth, Resources
 from service.training.stop_channel import GROW, LEAVE, MOVES, StopChannel
 
 LOOK_AT_CLUSTER_EVERY_S = 5.0
@@ -37,16 +37,20 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
     """
     config = RunConfig.model_validate(job.config)
     scale = config.scale
-    insist = Patience(config.checkpoint.retry_s, "the run's directory", lambda kind, text: say(text)).insist
+    retry_s = config.checkpoint.retry_s
+    insist = Patience([run.uri], retry_s, "the run's directory", lambda kind, text: say(text)).insist
     failures, newest = 0, insist(lambda: newest_step(run.uri))
+    growth, grown_from = Growth(), 0
     while True:
         found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None)
         if found is None:
             return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
         workers, share = found
+        growth = growth.tried(grown_from, workers) if grown_from else growth.looked(0)
+        grown_from = 0
         insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers))  # noqa: B023 - called at once
         try:
-            result = _attempt(job, run, workers, share, scale, stop, poll)
+            result, growth = _attempt(job, run, workers, share, scale, growth, stop, poll)
         except OutOfMemoryError as error:
             if error.micro <= 1:
                 raise
@@ -63,6 +67,7 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
             if result.stopped is None or reason not in MOVES:
                 return replace(result, stopped=result.stopped and (reason or result.stopped))
             why = reason
+            grown_from = workers if reason == GROW else 0
         insist(stop.forget_moves)
         newest = insist(lambda: newest_step(run.uri))
         job = replace(job, attempt=job.attempt + 1)
@@ -75,9 +80,10 @@ def _attempt(
     workers: int,
     share: Resources,
     scale: ScaleBlock,
+    growth: Growth,
     stop: StopChannel,
     poll: Callable[[], None],
-) -> TrainResult:
+) -> tuple[TrainResult, Growth]:
     """One attempt, in a thread, because this one shows progress, passes signals on and looks at the cluster.
 
     A daemon thread: whoever gives up waiting (a second Ctrl-C) leaves it behind, and the workers end with this process.
@@ -100,10 +106,12 @@ def _attempt(
         if time.monotonic() >= look_at:
             # Until all workers have spoken, what Ray calls free may be what they are about to take.
             places = places if len(places) == workers else _places(run, job.attempt)
-            if len(places) == workers and (reason := _reason_to_move(places, share, scale)) and not future.done():
-                stop.move(reason)
+            if len(places) == workers:
+                reason, growth = _reason_to_move(places, share, scale, growth)
+                if reason and not future.done():
+                    stop.move(reason)
             look_at = time.monotonic() + LOOK_AT_CLUSTER_EVERY_S
-    return future.result()
+    return future.result(), growth
 
 
 def _places(run: Run, attempt: int) -> list[str]:
@@ -115,14 +123,17 @@ def _places(run: Run, attempt: int) -> list[str]:
     return [row["place"] for writer, row in rows if writer.startswith(f"a{attempt}-r") and row["kind"] == "worker"]
 
 
-def _reason_to_move(places: list[str], share: Resources, scale: ScaleBlock) -> str | None:
+def _reason_to_move(
+    places: list[str], share: Resources, scale: ScaleBlock, growth: Growth
+) -> tuple[str | None, Growth]:
     from ray.exceptions import RayError
 
     try:
         going = placement.nodes_going_away()
         room = placement.room_for(placement.Cluster.current(), share) if len(places) < scale.max_workers else 0
     except (RayError, RuntimeError, OSError):
-        return None  # the head may be restarting, and the workers train on: asked again in a few seconds
+        return None, growth  # the head may be restarting, and the workers train on: asked again in a few seconds
+    growth = growth.looked(room)
     if any(placement.is_at(place, node) for place in places for node in going):
-        return LEAVE
-    return GROW if room > 0 else None
+        return LEAVE, growth
+    return GROW if growth.due else None, growth

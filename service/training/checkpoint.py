@@ -84,7 +84,7 @@ def newest_checkpoint(
     What one worker finds damaged, all pass over. Raises ConfigError, with every difference, where it is of another
     identity; StorageError where the store itself stays away, because starting over is not what an outage asks for.
     """
-    patience = _patience(run_uri, retry_s, f"checkpoints of {run_uri}", event)
+    patience = Patience([run_uri], retry_s, f"checkpoints of {run_uri}", event)
     steps: list[int] = []
     problem: Exception | None = None
     try:
@@ -112,14 +112,14 @@ def checkpoint_at(
     event: Event = _silent,
 ) -> Checkpoint | str:
     """The checkpoint of this step, verified, or why it is not whole. A collective. Raises as above."""
-    patience = _patience(run_uri, retry_s, f"checkpoint of step {step}", event)
+    patience = Patience([run_uri], retry_s, f"checkpoint of step {step}", event)
     return _open_together(run_uri, step, identity, world, cache, patience)
 
 
 def is_there(run_uri: str, step: int, world: World, *, retry_s: float = AWAY_S, event: Event = _silent) -> bool:
     """Whether this step has a completed checkpoint, unverified. A collective. Raises StorageError when nobody can tell."""
     index = storage.join(layout.directory_of(run_uri, step), layout.INDEX)
-    patience = _patience(run_uri, retry_s, f"checkpoint of step {step}", event)
+    patience = Patience([run_uri], retry_s, f"checkpoint of step {step}", event)
     found, problem = False, None
     try:
         found = world.rank == 0 and patience.insist(lambda: storage.exists(index))
@@ -135,11 +135,6 @@ def newest_step(run_uri: str) -> int | None:
         if storage.exists(storage.join(layout.directory_of(run_uri, step), layout.INDEX)):
             return step
     return None
-
-
-def _patience(run_uri: str, retry_s: float, what: str, event: Event) -> Patience:
-    """A directory is not away for a while: what cannot be read there now is damage."""
-    return Patience(0.0 if storage.is_local(run_uri) else retry_s, what, event)
 
 
 def _open_together(

@@ -75,7 +75,7 @@ class CheckpointSaver:
         self.wait()
         id = f"{self._world.from_first(secrets.randbits(62)):016x}"
         share, names = layout.deal(state, self._world.rank, self._world.size)
-        patience = Patience(self._block.retry_s, f"checkpoint of step {step}", self._event)
+        patience = Patience([self._run.uri], self._block.retry_s, f"checkpoint of step {step}", self._event)
         directory = layout.directory_of(self._run.uri, step)
         save = _Save(step, id, directory, share, names, dict(extra), before_visible, patience)
         self._thread = threading.Thread(target=self._upload, args=(save,), name=f"checkpoint-{step}", daemon=True)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -261,16 +261,17 @@ def _finish(
     def say(kind: str, text: str) -> None:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    insist = Patience(resolved.config.checkpoint.retry_s, "finishing the run", say).insist
+    insist = Patience([run.uri], resolved.config.checkpoint.retry_s, "finishing the run", say).insist
     publish = resolved.config.publish
     manifest = None
     if publish:
         registry = Registry(settings.home)
-        again = int(run.status().details.get("attempt", 1)) > 1
         manifest = insist(
-            lambda: (
-                (published_before(publish.name, run, registry) if again else None)
-                or publish_model(publish.name, run, resolved, registry, plan, result.metrics)
+            lambda: published_once(
+                publish.name,
+                run,
+                registry,
+                lambda: publish_model(publish.name, run, resolved, registry, plan, result.metrics),
             )
         )
     report = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
@@ -285,10 +286,10 @@ def _finish(
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
-def published_before(family: str, run: Run, registry: Registry) -> Manifest | None:
-    """The version that an earlier attempt published of this run, before it was cut short."""
+def published_once(family: str, run: Run, registry: Registry, publish: Callable[[], Manifest]) -> Manifest:
+    """What `publish` gives, unless this run has published before: in an attempt cut short, or by a call whose answer was lost."""
     manifests = (registry.manifest(ModelRef.parse(family).at(v)) for v in reversed(registry.versions(family)))
-    return next((manifest for manifest in manifests if manifest.run == run.id), None)
+    return next((manifest for manifest in manifests if manifest.run == run.id), None) or publish()
 
 
 def publish_model(

@@ -50,7 +50,7 @@ class Keeper:
         self.saver = CheckpointSaver(run, world, identity, block, event)
         self._run, self._world, self._identity, self._config, self._cache = run, world, identity, config, cache
         self._strategy, self._names, self._flush, self._event = strategy, names, flush, event
-        self._keep_best = block.keep_best
+        self._num_best = block.keep_best  # checkpoints kept for being the best; with any, the model is the best one's
         self._lowest: list[float] = []  # of this attempt's evaluations, as many as are kept for it
         self._measured: tuple[int, float] | None = None  # the last evaluation: after which step, and `stop.metric`
         self._saved_step, self._saved_at = 0, time.monotonic()
@@ -78,7 +78,7 @@ class Keeper:
     def _forget_a_best_that_was_not_kept(self) -> None:
         """Where `stop.patience` or `checkpoint.keep_best` was set only on resuming: the best starts anew."""
         best, retry_s = self.progress.best_step, self._config.checkpoint.retry_s
-        if not self._keeps_best or best is None:
+        if not self._num_best or best is None:
             return
         if not is_there(self._run.uri, best, self._world, retry_s=retry_s, event=self._event):
             self.progress = Progress()
@@ -90,7 +90,7 @@ class Keeper:
         value = metrics.get(self._config.stop.metric, math.nan)
         if math.isfinite(value):
             self._measured = step, value
-            self._lowest = sorted([*self._lowest, value])[: self._keep_best]
+            self._lowest = sorted([*self._lowest, value])[: self._num_best]
 
     def due(self, step: int, num_steps: int) -> bool:
         """Whether a checkpoint belongs after this step. The same answer on all workers: the minutes are the first one's."""
@@ -117,7 +117,7 @@ class Keeper:
         Where its checkpoint has been damaged meanwhile, the model stays the last step's, and the run's events say so.
         """
         best = self.progress.best_step
-        if not self._keeps_best or best is None or best == step:
+        if not self._num_best or best is None or best == step:
             return step
         retry_s = self._config.checkpoint.retry_s
         found = checkpoint_at(
@@ -132,10 +132,6 @@ class Keeper:
         figures = f"{self._config.stop.metric} {self.progress.best:.4f}"
         self._event("best", f"step {best}, {figures}: the model is from there")
         return best
-
-    @property
-    def _keeps_best(self) -> bool:
-        return self._keep_best > 0
 
     def _measured_after(self, step: int) -> float | None:
         return self._measured[1] if self._measured and self._measured[0] == step else None

@@ -95,12 +95,12 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
-    retry_s = RunConfig.model_validate(job.config).checkpoint.retry_s
-    run = Patience(retry_s, "opening the run", _unheard).insist(lambda: _open(job, world))
+    config = RunConfig.model_validate(job.config)
+    run = Patience([job.home], config.checkpoint.retry_s, "opening the run", _unheard).insist(lambda: _open(job, world))
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
-        session = _Session(job, world, run, log, closing)
+        session = _Session(job, config, world, run, log, closing)
         result = session.train_steps(report)
         if result.stopped is None:
             result = replace(result, gate=session.save_and_check())
@@ -140,9 +140,16 @@ def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> N
 class _Session:
     """What lives as long as one attempt: the model, its optimizer, the data, the logs."""
 
-    def __init__(self, job: TrainJob, world: World, run: Run, log: RankLog, closing: list[Callable[[], None]]) -> None:
-        self.job, self.world, self.run, self.log = job, world, run, log
-        self.config = config = RunConfig.model_validate(job.config)
+    def __init__(
+        self,
+        job: TrainJob,
+        config: RunConfig,
+        world: World,
+        run: Run,
+        log: RankLog,
+        closing: list[Callable[[], None]],
+    ) -> None:
+        self.job, self.config, self.world, self.run, self.log = job, config, world, run, log
         writer = f"a{job.attempt}-r{world.rank}"
         self.metrics, self.ledger, self.events = (
             LogWriter(run.path(name), writer, flush_every_s=math.inf) for name in ("metrics", "ledger", "events")
@@ -154,8 +161,8 @@ class _Session:
         where = f"{world.rank} of {world.size} on {world.place}, process {os.getpid()}"
         self.events.append({"time": time.time(), "kind": "worker", "text": where, "place": world.place})
         cache = Path(job.cache)
-        insist = Patience(config.checkpoint.retry_s, "the base and the data", self._event).insist
-        base = insist(lambda: _verified_base(job, cache))
+        insist = self._patience("the base and the data").insist
+        base = insist(lambda: _verified_base(job, config, cache))
         self.rows = insist(lambda: shards.load(job.train_digest, home=job.home, cache=cache))
         held_out = job.eval_digest
         self.eval_rows = insist(lambda: shards.load(held_out, home=job.home, cache=cache)) if held_out else None
@@ -185,7 +192,10 @@ class _Session:
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
-                metrics, stop = self._step(step)
+                with start_checks.out_of_memory_as_ours(
+                    self.batches.micro, self.world
+                ):  # moments are made in an update
+                    metrics, stop = self._step(step)
                 profile.step()
                 if metrics is not None:  # else it was not made
                     step, last = step + 1, metrics
@@ -228,7 +238,7 @@ class _Session:
         return step
 
     def _loader(self, rows_of: Callable[[int], Rows], num_steps: int, source: TokenRows) -> Loader:
-        patience = Patience(self.config.checkpoint.retry_s, "reading data", self._event)
+        patience = self._patience("reading data")
         return Loader(rows_of, num_steps, self.batches, source, patience, fillers=self.strategy.equal_rounds)
 
     def _micro(self, *, packed: bool) -> int:
@@ -269,13 +279,12 @@ class _Session:
                 self._filler(last)
                 continue
             torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
-            with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
-                batch = self.loader.take()
-                with self.batches.compute():
-                    loss = self.objective(batch)
-                value = float(loss.item())
-                suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
-                self.strategy.backward(loss, last=last)
+            batch = self.loader.take()
+            with self.batches.compute():
+                loss = self.objective(batch)
+            value = float(loss.item())
+            suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
+            self.strategy.backward(loss, last=last)
             loss_sum += value
         sums = self.strategy.finish(loss_sum, stop=self.watch.stop_reason is not None)
         self._demand_finite(step, "loss", sums.loss, rows, suspects)
@@ -343,7 +352,7 @@ class _Session:
             return {}
         self.watch.moved("the test")
         digest, cache = self.job.test_digest, Path(self.job.cache)
-        insist = Patience(self.config.checkpoint.retry_s, "the test rows", self._event).insist
+        insist = self._patience("the test rows").insist
         return self._evaluate("test", insist(lambda: shards.load(digest, home=self.job.home, cache=cache)))
 
     @torch.no_grad()
@@ -385,8 +394,10 @@ class _Session:
                 return None
             self.watch.moved("the gate")
             cache = Path(self.job.cache)
-            insist = Patience(self.config.checkpoint.retry_s, "the finished model", self._event).insist
-            base = insist(lambda: _verified_base(self.job, cache))  # again: the cache may have been deleted meanwhile
+            insist = self._patience("the finished model").insist
+            base = insist(
+                lambda: _verified_base(self.job, self.config, cache)
+            )  # its cache may have been deleted meanwhile
             return handover.check_and_keep(
                 directory, base.path, probe, self.config, self.run, self.job.home, cache, insist
             )
@@ -399,9 +410,13 @@ class _Session:
 
     def _metrics_of(self, step: int) -> Metrics:
         """What was logged for a step by an earlier attempt, or before."""
-        insist = Patience(self.config.checkpoint.retry_s, "the run's metrics", self._event).insist
-        rows = [row for row in insist(self.run.metrics) if row["step"] == step] if step else []
+        metrics = self._patience("the run's metrics").insist(self.run.metrics) if step else []
+        rows = [row for row in metrics if row["step"] == step]
         return {name: value for row in rows for name, value in row.items() if name != "step"}
+
+    def _patience(self, what: str) -> Patience:
+        places = (self.job.home, self.job.base_source)
+        return Patience(places, self.config.checkpoint.retry_s, what, self._event)
 
     def _startup(self) -> str:
         """Where the seconds between asking and the first step went."""
@@ -426,8 +441,8 @@ class _Session:
             self.events.append({"time": time.time(), "kind": kind, "text": text})
 
 
-def _verified_base(job: TrainJob, cache: Path) -> BaseModel:
-    base = resolve_base_model(job.base_source, cache, RunConfig.model_validate(job.config).model.revision, job.home)
+def _verified_base(job: TrainJob, config: RunConfig, cache: Path) -> BaseModel:
+    base = resolve_base_model(job.base_source, cache, config.model.revision, job.home)
     if base.digest != job.base_digest:
         raise ModelError(
             f"base model {job.base_source!r} on this node has the digest {base.digest[:12]}, the run was planned with "

@@ -1,5 +1,7 @@
 """Storage that is away for a while: the same thing is asked for again until it works or patience is over.
 
+Which storage is waited for is decided here, for reads and for writes: S3 only, which has outages that pass. A directory is
+never away: what fails there is damage, a full disk or a wrong path, and is told at once.
 Only for threads that may wait. Says once that storage is away, and once that it is back.
 """
 
@@ -7,9 +9,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from service import storage
 from service.errors import StorageError
 
 FIRST_PAUSE_S = 0.25
@@ -19,15 +22,19 @@ T = TypeVar("T")
 
 
 class Patience:
-    """`what` is being done, for messages. `event(kind, text)` hears `storage_away` and `storage_back`."""
+    """For what is read or written at `places`: URIs, paths, names of models. It is waited for where one of them is on S3.
 
-    def __init__(self, retry_s: float, what: str, event: Callable[[str, str], None]) -> None:
-        self._retry_s, self._what, self._event = retry_s, what, event
+    `what` is being done, for messages. `event(kind, text)` hears `storage_away` and `storage_back`.
+    """
+
+    def __init__(self, places: Sequence[str], retry_s: float, what: str, event: Callable[[str, str], None]) -> None:
+        self._retry_s = 0.0 if all(map(storage.is_local, places)) else retry_s
+        self._what, self._event = what, event
 
     def insist(self, do: Callable[[], T]) -> T:
         """What `do` returns, however often it fails with StorageError until `retry_s` have passed since the first failure.
 
-        Then the StorageError. Every other error is raised at once. Pauses double, and differ between workers.
+        Then the StorageError; on directories the first one. Every other error is raised at once. Pauses double, and differ between workers.
         """
         try:
             return do()

@@ -13,6 +13,8 @@ from service import launcher
 from service.config import ScaleBlock
 from service.errors import ClusterError
 
+GROW_AFTER_LOOKS = 3  # in a row that found room; 5 s lie between two, see attempts.py
+GROW_AFTER_LOOKS_AT_MOST = 512  # 43 minutes: a run of days notices that the other one has ended
 TELL_EVERY_S = 30.0
 LOOK_EVERY_S = 1.0
 
@@ -65,6 +67,32 @@ def share_of(cluster: Cluster, scale: ScaleBlock) -> Resources:
 def room_for(cluster: Cluster, share: Resources) -> int:
     """How many more workers could be placed, each whole on what one node has free."""
     return sum(min(int(node.get(kind, 0.0) // amount) for kind, amount in share.items()) for node in cluster.free)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """When an elastic run may stop to go on with more workers.
+
+    Not as soon as there is room: a run that stops gives its own workers' places back, and two runs that see the same free
+    place would stop each other for it again and again. So the room must have been there in `needed` looks in a row, and
+    after an attempt to grow that brought no more workers, because another run was first, twice as many are needed.
+    """
+
+    needed: int = GROW_AFTER_LOOKS
+    seen: int = 0  # in a row
+
+    @property
+    def due(self) -> bool:
+        """Whether to stop for it now."""
+        return self.seen >= self.needed
+
+    def looked(self, room: int) -> Growth:
+        """After a look that found room for so many more workers."""
+        return Growth(self.needed, self.seen + 1 if room > 0 else 0)
+
+    def tried(self, before: int, after: int) -> Growth:
+        """After an attempt to grow, from so many workers to so many."""
+        return Growth() if after > before else Growth(min(2 * self.needed, GROW_AFTER_LOOKS_AT_MOST))
 
 
 def await_workers(

@@ -24,7 +24,7 @@ from rich.console import Console
 
 from service import launcher, storage
 from service.config import ResolvedRun, derived
-from service.domain import RunState
+from service.domain import Manifest, RunState
 from service.errors import LorayError, NotFoundError
 from service.registry import Registry
 from service.runs import Run, new_id
@@ -208,11 +208,12 @@ def _publish_best(resolved: ResolvedRun, outcomes: Sequence[Outcome], settings: 
     assert resolved.config.publish, "only a run that publishes has a best"
     family, registry = resolved.config.publish.name, Registry(settings.home)
     best = min(outcomes, key=lambda outcome: outcome.metrics["eval/loss"])
-    before = driver.published_before(family, best.run, registry)
-    if before is None:
+
+    def publish() -> Manifest:
         plan = make_run_plan(best.resolved, settings, driver.digests(best.run))
-        before = driver.publish_model(family, best.run, best.resolved, registry, plan, best.metrics)
-    return before.ref
+        return driver.publish_model(family, best.run, best.resolved, registry, plan, best.metrics)
+
+    return driver.published_once(family, best.run, registry, publish).ref
 
 
 def _page(run: Run, resolved: ResolvedRun, found: dict[str, Any], model: str | None) -> str:

@@ -268,26 +268,37 @@ def _watch(worker: subprocess.Popen[str], peaks: list[int], rank: int) -> None:
     mapped, looked_at = 0, 0.0
     while worker.poll() is None:
         if time.monotonic() - looked_at > LOOK_AT_MAPS_EVERY_S:
-            mapped, looked_at = min(used, _mapped(worker.pid)), time.monotonic()
+            mapped, looked_at = used_in_place(used, *of_weights(worker.pid)), time.monotonic()
         peaks[rank] = max(peaks[rank], own_bytes(str(worker.pid)) + mapped - baseline)
         time.sleep(SAMPLE_EVERY_S)
 
 
-def _mapped(pid: int) -> int:
-    """Resident pages of weights that are still those of their file (Linux, proc_pid_smaps(5)): DeepSpeed writes into some."""
-    total = 0
+def used_in_place(used: int, resident: int, written: int) -> int:
+    """What to add to a process's own memory for the `used` bytes of weights that are not copied from their file.
+
+    Of the file's `resident` bytes the process holds the `written` ones itself: DeepSpeed's first broadcast writes into the
+    weights of every worker but the first. Other resident pages, of weights that were quantised since, the system takes
+    back when it needs them.
+    """
+    return min(resident - written, max(0, used - written))
+
+
+def of_weights(pid: int) -> tuple[int, int]:
+    """Bytes of weight files that are resident in their mapping, and those of them that were written to and so are anonymous
+    (Linux, proc_pid_smaps(5))."""
+    totals = {"Rss:": 0, "Anonymous:": 0}
     of_weights = False
     try:
         lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
     except OSError:
-        return 0  # it is ending
+        return 0, 0  # it is ending
     for line in lines:
         first, *values = line.split()
         if not first.endswith(":"):
             of_weights = line.endswith(".safetensors")
-        elif of_weights and first in ("Rss:", "Anonymous:"):
-            total += int(values[0]) * 1024 * (1 if first == "Rss:" else -1)
-    return total
+        elif of_weights and first in totals:
+            totals[first] += int(values[0]) * 1024
+    return totals["Rss:"], totals["Anonymous:"]
 
 
 def be_worker(file: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from service.domain import RunState
 from service.runs import Run, list_runs
@@ -158,3 +160,45 @@ def test_a_run_leaves_a_node_that_is_announced_to_go_before_it_goes(place: Place
     assert run.status().state is RunState.STOPPED
     check = json.loads(place.loray("runs", "ledger", run.id, "--check", "--json"))
     assert check["steps"] == run.status().step
+
+
+def doctor(place: Place, timeout_s: float = 120.0) -> list[dict[str, Any]]:
+    """What it finds; its exit status says whether all is good."""
+    script = f"import service.doctor as d, jobs.doctor as j; d.ANSWER_TIMEOUT_S = {timeout_s}; exit(j.main(['--json']))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=place.environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.strip(), done.stderr[-3000:]
+    checks: list[dict[str, Any]] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == int(not all(check["ok"] for check in checks)), done.stderr[-3000:]
+    return checks
+
+
+def test_a_head_without_a_gpu_is_no_problem_of_a_gpu_cluster_and_the_backend_that_was_used_is_named(
+    place: Place, nodes: Any
+) -> None:
+    gpus = [nodes.add_node(num_cpus=1, num_gpus=1, node_ip_address=f"127.0.0.{number}") for number in (11, 12)]
+    try:
+        checks = [check for check in doctor(place) if check["name"] == "collectives"]
+    finally:
+        for node in gpus:
+            nodes.remove_node(node)
+    (check,) = checks  # of the two nodes with a GPU
+    if torch.cuda.is_available():
+        assert check["ok"] and "(nccl)" in check["found"]
+    else:  # Ray counts GPUs that are not there
+        assert "(gloo)" in check["found"] and not check["ok"] and "torch cannot use" in check["remedy"]
+
+
+def test_a_node_that_does_not_answer_is_a_problem_with_its_name(place: Place, nodes: Any) -> None:
+    silent = add_node(nodes, 13)
+    raylet = silent.all_processes["raylet"][0].process
+    raylet.send_signal(signal.SIGSTOP)
+    try:
+        checks = doctor(place, timeout_s=8.0)  # it is declared dead after some 30 s
+    finally:
+        raylet.send_signal(signal.SIGCONT)
+        nodes.remove_node(silent)
+    (problem,) = [check for check in checks if check["name"] == "answer"]
+    assert silent.node_id[:6] in problem["where"] and problem["found"] == "no answer within 8 s" and problem["remedy"]
+    assert sum(check["name"] == "versions" for check in checks) == 3  # the others have answered

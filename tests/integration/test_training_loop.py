@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from service import storage
-from service.errors import GateError, TrainingError
+from service.errors import GateError, OutOfMemoryError, TrainingError
 from service.runs import Run
 from service.settings import Settings
 from service.training.loop import TrainJob, train
@@ -90,6 +90,22 @@ def test_the_micro_batch_does_not_change_the_loss(
     run, job = small_runs.make_job(run_file, settings, [f"memory.micro={micro}"])
     train(job, World.current())
     assert losses(run) == pytest.approx(losses(finished[0]), rel=TOLERANCE)
+
+
+def test_moments_that_do_not_fit_in_the_first_update_are_out_of_memory_of_this_micro_batch(
+    run_file: Path, settings: Settings
+) -> None:
+    def ask_for_too_much(*of_the_step: object) -> None:
+        torch.empty(2**50)  # a petabyte: the allocator refuses it as it would refuse moments
+
+    run, job = small_runs.make_job(run_file, settings, ["memory.micro=6"])
+    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(ask_for_too_much)
+    try:
+        with pytest.raises(OutOfMemoryError, match="micro-batch of 6 sequence") as raised:
+            train(job, World.current())
+    finally:
+        hook.remove()
+    assert raised.value.micro == 6 and losses(run) == []
 
 
 def test_two_workers_give_the_losses_and_draws_of_one(

@@ -425,26 +425,14 @@ def test_an_error_that_is_not_of_storage_is_not_retried(tmp_path: Path) -> None:
         saver.wait()
 
 
-def test_what_was_in_the_way_for_a_moment_is_waited_out_and_said_once(tmp_path: Path) -> None:
-    run, away = _run(str(tmp_path)), threading.Event()
-    events: list[tuple[str, str]] = []
-
-    def event(kind: str, text: str) -> None:
-        events.append((kind, text))
-        if kind == "storage_away":
-            away.set()
-
-    in_the_way = tmp_path / "runs"
-    in_the_way.write_text("a file where the directory should be")
-    saver = CheckpointSaver(run, ALONE, IDENTITY, CheckpointBlock(retry_s=PATIENT_S), event)
+def test_a_directory_that_cannot_be_written_is_no_outage_to_be_waited_out(tmp_path: Path) -> None:
+    run, events = _run(str(tmp_path)), list[tuple[str, str]]()
+    (tmp_path / "runs").write_text("a file where the directory should be")
+    saver = _saver(run, events, retry_s=3600.0)
     saver.save(5, _state(5), {}, lambda: None)
-    assert away.wait(PATIENT_S)
-    saver.raise_if_failed()
-    in_the_way.unlink()
-    saver.close()
-    assert _holds(_find(run, tmp_path)[0], 5)
-    assert [kind for kind, _ in events] == ["storage_away", "storage_back", "checkpoint"]
-    assert "step 5" in events[0][1] and "in the way" in events[0][1]
+    with pytest.raises(StorageError, match="in the way"):
+        saver.wait()
+    assert events == []
 
 
 def test_parameters_are_dealt_evenly_in_bytes_and_each_exactly_once() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.config import ScaleBlock, WorkersBlock
-from service.training.placement import Cluster, room_for, share_of
+from service.training.placement import GROW_AFTER_LOOKS, Cluster, Growth, room_for, share_of
 
 SMALL, LARGE = {"CPU": 2.0, "memory": 1e9}, {"CPU": 8.0, "memory": 1e9}
 GPU_NODE = {"CPU": 8.0, "GPU": 2.0}
@@ -46,3 +46,39 @@ def test_the_free_resources_of_two_nodes_do_not_make_one_worker() -> None:
     assert room_for(Cluster((LARGE, LARGE), half), {"CPU": 2}) == 0  # free in all, and on none
     apart = ({"CPU": 4.0, "GPU": 0.0}, {"CPU": 0.0, "GPU": 1.0})
     assert room_for(Cluster((GPU_NODE, GPU_NODE), apart), {"CPU": 1, "GPU": 1}) == 0
+
+
+def looks_until_due(growth: Growth, room: int = 1) -> int:
+    for look in range(1, 10_000):
+        growth = growth.looked(room)
+        if growth.due:
+            return look
+    raise AssertionError("never")
+
+
+def test_a_run_grows_when_there_was_room_in_several_looks_in_a_row_and_not_at_the_first() -> None:
+    assert looks_until_due(Growth()) == GROW_AFTER_LOOKS > 1
+    interrupted = Growth().looked(1).looked(1).looked(0)
+    assert not interrupted.due and looks_until_due(interrupted) == GROW_AFTER_LOOKS
+
+
+def test_each_attempt_to_grow_that_brings_nothing_doubles_the_wait_up_to_a_limit_and_one_that_works_ends_it() -> None:
+    growth, waits = Growth(), []
+    for _ in range(12):
+        waits.append(looks_until_due(growth))
+        growth = growth.tried(before=1, after=1)
+    assert waits[:4] == [GROW_AFTER_LOOKS * 2**n for n in range(4)] and waits[-1] == waits[-2] == 512
+    assert growth.tried(before=2, after=1) == growth
+    assert growth.tried(before=1, after=2) == Growth()
+
+
+def test_a_place_that_is_always_gone_when_a_run_comes_for_it_stops_the_run_ever_more_seldom() -> None:
+    # Two runs of one worker see the same free place, and whenever one stops for it, something else has it for a moment.
+    growths, stops = [Growth(), Growth()], [0, 0]
+    for _ in range(2000):
+        for run, growth in enumerate(growths):
+            growths[run] = growth.looked(1)
+            if growths[run].due:
+                stops[run] += 1
+                growths[run] = growths[run].tried(before=1, after=1)
+    assert stops == [10, 10]  # 3 + 6 + ... + 384 are 765 looks, then every 512th; every third would be 666 stops

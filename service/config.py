@@ -23,6 +23,7 @@ from service.config_blocks import (
     CheckpointBlock,
     EngineBlock,
     FullBlock,
+    KubernetesBlock,
     LoraBlock,
     MemoryBlock,
     MethodBlock,
@@ -46,6 +47,7 @@ __all__ = [  # what is imported from here
     "CheckpointBlock",
     "EngineBlock",
     "FullBlock",
+    "KubernetesBlock",
     "LoraBlock",
     "MemoryBlock",
     "MethodBlock",
@@ -70,7 +72,7 @@ __all__ = [  # what is imported from here
 
 Source = Literal["default", "auto", "file", "--set"]  # auto: follows from other values
 # These may change in a run that goes on: where, how fast and until when it learns, never what one of its steps does.
-CHANGEABLE = ("scale", "memory", "checkpoint", "evaluate", "stop", "publish")
+CHANGEABLE = ("scale", "memory", "checkpoint", "evaluate", "stop", "publish", "kubernetes")
 
 
 @dataclass(frozen=True)

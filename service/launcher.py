@@ -245,7 +245,7 @@ def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
         for package in PACKAGES:
             if (root / package).is_dir():
                 shutil.copytree(root / package, stage / package, ignore=shutil.ignore_patterns("__pycache__"))
-        overrides = [*resolved.overrides, *_stage_files(resolved, stage)] if resolved else []
+        overrides = [*resolved.overrides, *stage_files(resolved, stage, Path("data"))] if resolved else []
         size = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
         if size > STAGED_LIMIT_BYTES:
             raise ConfigError(
@@ -255,8 +255,8 @@ def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
         yield stage, overrides
 
 
-def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
-    """Copy the run file and what it names on this machine; an override for each file that has moved."""
+def stage_files(resolved: ResolvedRun, stage: Path, there: Path) -> Iterator[str]:
+    """Copy the run file, and into `data` what it names on this machine; an override for each file: it will lie in `there`."""
     (stage / "run.yaml").write_text(resolved.text)
     (stage / "data").mkdir()
     model, data = resolved.config.model, resolved.config.data
@@ -267,12 +267,12 @@ def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
         source = storage.local_path(uri)
         if not source.is_file():
             raise ConfigError(f"{key}: {uri!r} does not exist under {Path.cwd()}.")
-        travelling = Path("data") / f"{key.split('.')[-1]}-{source.name}"
-        shutil.copyfile(source, stage / travelling)
-        yield f"{key}={json.dumps(str(travelling))}"
+        name = f"{key.split('.')[-1]}-{source.name}"
+        shutil.copyfile(source, stage / "data" / name)
+        yield f"{key}={json.dumps(str(there / name))}"
     method = resolved.config.method
     adapter = Path(method.init_from).expanduser() if isinstance(method, LoraBlock) and method.init_from else None
     if adapter is not None and adapter.is_dir():
-        travelling = Path("data") / f"init_from-{adapter.resolve().name}"
-        shutil.copytree(adapter, stage / travelling)
-        yield f"method.init_from={json.dumps(str(travelling))}"
+        name = f"init_from-{adapter.resolve().name}"
+        shutil.copytree(adapter, stage / "data" / name)
+        yield f"method.init_from={json.dumps(str(there / name))}"

@@ -44,7 +44,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
         if found is None:
             return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
         workers, share = found
-        insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers))  # noqa: B023 - called at once
+        gpus = workers * share.get("GPU", 0)
+        insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers, gpus=gpus))  # noqa: B023 - called at once
         try:
             result = _attempt(job, run, workers, share, scale, stop, poll)
         except OutOfMemoryError as error:

@@ -87,9 +87,23 @@ def manifests(resolved: ResolvedRun, run_id: str, pods: Pods) -> list[Manifest]:
     ]
 
 
+class _Readable(yaml.SafeDumper):
+    """YAML as people write it: files line by line, nothing by reference."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _text)
+
+
 def as_yaml(documents: list[Manifest]) -> str:
     """For `kubectl create -f -`."""
-    return yaml.safe_dump_all(documents, sort_keys=False, width=120)
+    return yaml.dump_all(documents, Dumper=_Readable, sort_keys=False, allow_unicode=True, width=math.inf)
 
 
 def job_name(run_id: str) -> str:

@@ -12,12 +12,11 @@ which the plan of a run counts too, are left out there: the plan's figure for th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -65,24 +64,31 @@ class Row:
 
 
 def main() -> int:
-    """Print the tables, then the rows of the first as one line of JSON."""
+    """Print the two tables of `k8s/README.md`."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.sizing", description="GPUs, memory, storage.")
     parser.add_argument("--gpu-gib", type=float, default=80.0, help="memory of a GPU")
     parser.add_argument("--tokens", type=int, default=4096, help="of a sequence")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS), help="of these only")
     given = parser.parse_args()
     gpu_bytes = given.gpu_gib * GIB * FITS
-    rows = []
     print("| model | method | GPUs | peak a GPU | host memory a worker | checkpoint | to storage | published |")
     print("|---|---|---|---|---|---|---|---|")
     for model in given.models:
         for method in METHODS:
-            row = smallest(model, method, gpu_bytes, given.tokens)
-            print(as_markdown(row) if row else f"| {model} | {method} | refused | | | | | |", flush=True)
-            rows += [asdict(row)] if row else []
-    print_serving(gpu_bytes, given.tokens)
-    print(json.dumps({"rows": rows}))
+            print(line(model, method, gpu_bytes, given.tokens), flush=True)
+    print(
+        f"\n| model | base | key-value memory a token | slots of {given.tokens:,} tokens | an adapter | adapters resident |"
+    )
+    print("|---|---|---|---|---|---|")
+    for model in given.models:
+        print("\n".join(served(model, gpu_bytes, given.tokens)))
     return 0
+
+
+def line(model: str, method: str, gpu_bytes: float, tokens: int) -> str:
+    """A line of the first table."""
+    row = smallest(model, method, gpu_bytes, tokens)
+    return as_markdown(row) if row else f"| {model} | {method} | refused | | | | | |"
 
 
 def smallest(model: str, method: str, gpu_bytes: float, tokens: int) -> Row | None:
@@ -164,27 +170,20 @@ def as_markdown(row: Row) -> str:
     return f"| {' | '.join(shown)} |"
 
 
-def print_serving(gpu_bytes: float, tokens: int) -> None:
-    """What one GPU holds of a served model: slots of `tokens` beside the base, a tenth of the GPU for adapters of rank 16."""
-    print(
-        f"\n| model | base | key-value memory a token | slots of {tokens:,} tokens | an adapter | adapters resident |"
-    )
-    print("|---|---|---|---|---|---|")
-    for model, shape in MODELS.items():
-        for kind, stored in (("lora", "bfloat16"), ("qlora", "NF4")):
-            with _saved(model, shape["num_hidden_layers"]) as directory:
-                config = next(_configs(kind, "ddp", tokens))
-                trainable, base = methods.weight_bytes(methods.skeleton(directory, config), config)
-            head = shape["hidden_size"] // shape["num_attention_heads"]
-            kv = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * 2  # keys and values, bfloat16
-            adapter, for_adapters = trainable // 2, gpu_bytes / 10
-            slots = int((gpu_bytes - base - for_adapters) // (kv * tokens))
-            fits = (
-                [str(slots), _size(adapter), str(int(for_adapters // adapter))]
-                if slots > 0
-                else ["no GPU holds it", "", ""]
-            )
-            print("| " + " | ".join([model, f"{_size(base)}, {stored}", _size(kv), *fits]) + " |")
+def served(model: str, gpu_bytes: float, tokens: int) -> Iterator[str]:
+    """Lines of the second table: slots of `tokens` beside the base on one GPU, a tenth of which is for adapters of rank 16."""
+    shape = MODELS[model]
+    head = shape["hidden_size"] // shape["num_attention_heads"]
+    kv = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * 2  # keys and values, bfloat16
+    for kind, stored in (("lora", "bfloat16"), ("qlora", "NF4")):
+        with _saved(model, shape["num_hidden_layers"]) as directory:
+            config = next(_configs(kind, "ddp", tokens))
+            trainable, base = methods.weight_bytes(methods.skeleton(directory, config), config)
+        adapter, for_adapters = trainable // 2, gpu_bytes / 10  # served in bfloat16
+        slots = int((gpu_bytes - base - for_adapters) // (kv * tokens))
+        resident = str(int(for_adapters // adapter))
+        fits = [str(slots), _size(adapter), resident] if slots > 0 else ["no GPU holds it", "", ""]
+        yield "| " + " | ".join([model, f"{_size(base)}, {stored}", _size(kv), *fits]) + " |"
 
 
 def _size(num_bytes: float) -> str:

@@ -16,7 +16,7 @@ from service.cli.app import main
 from service.config import ResolvedRun, load_run
 from service.errors import ClusterError, ConfigError
 from service.kuberay import api as kuberay_api
-from service.kuberay.manifests import Manifest, Pods, job_name, manifests, size_pods
+from service.kuberay.manifests import Manifest, Pods, as_yaml, job_name, manifests, size_pods
 from service.runs import Run
 from service.training.memory import MemoryPlan
 from tests.integration.small_runs import small_base, write_run_file
@@ -129,6 +129,18 @@ def test_data_that_a_config_map_does_not_hold_is_refused_with_what_to_do(tmp_pat
     (tmp_path / "rows.jsonl").write_text("x" * 1_150_000)
     with pytest.raises(ConfigError, match=r"1\.1 MiB to carry, a ConfigMap holds 1 MiB.*s3://"):
         rendered(run)
+
+
+@pytest.mark.parametrize(
+    "data", ['{"a": 1}\n{"b": 2}\n', "a\n  b \n\tc\n", "no newline", "é\u2028\x07\r\n", "- x: *y\n"]
+)
+def test_what_is_printed_reads_back_the_same_and_files_stand_line_by_line(data: str, tmp_path: Path) -> None:
+    documents = [*rendered(resolved(tmp_path)).values()]
+    documents[0]["data"]["rows.jsonl"] = data
+    printed = as_yaml(documents)
+    assert list(yaml.safe_load_all(printed)) == documents
+    assert "\n  run.yaml: |\n" in printed
+    assert not any(word.startswith(("&", "*")) for word in printed.replace('"', " ").split() if word != "*y")
 
 
 @pytest.mark.parametrize("run_id", ["20261127-101500-a-0a1b", f"20261127-101500-{'very_long.name-' * 3}x-0a1b", RUN_ID])

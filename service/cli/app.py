@@ -28,6 +28,8 @@ app = typer.Typer(
 keys = typer.Typer(no_args_is_help=True, help="API keys of endpoints.")
 app.add_typer(keys, name="keys")
 app.add_typer(data.app, name="data")
+k8s = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, through KubeRay.")
+app.add_typer(k8s, name="k8s")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
 
@@ -83,6 +85,9 @@ def train(
     profile: Annotated[bool, typer.Option("--profile", help="leave a trace of a few steps in the run")] = False,
     detach: Annotated[bool, typer.Option("-d", "--detach", help="return at once; the run goes on")] = False,
     address: Address = None,
+    kuberay: Annotated[
+        bool, typer.Option("--kuberay", help="as a RayJob on Kubernetes, as the run file's kubernetes block says")
+    ] = False,
 ) -> None:
     """Train a run file, or go on with a run, here or on a cluster; check and publish the result.
 
@@ -94,6 +99,9 @@ def train(
     if (run_file is None) == (resume is None):
         raise ConfigError("loray train takes a run file or --resume RUN, one of the two. Try: loray train run.yaml")
     given = (*overrides, NO_WAIT) if no_wait else tuple(overrides)
+    if kuberay:
+        _train_on_kubernetes(run_file, given, address=address, profile=profile, detach=detach)
+        return
     asked = training.Asked(run_file, resume, given, profile, context.obj)
     if address:
         training.train_on_cluster(asked, address, detach=detach)
@@ -101,6 +109,30 @@ def train(
         training.train_detached(asked)
     else:
         training.train_here(asked)
+
+
+def _train_on_kubernetes(
+    run_file: str | None, overrides: tuple[str, ...], *, address: str | None, profile: bool, detach: bool
+) -> None:
+    given = {"--resume": run_file is None, "--address": address is not None, "--profile": profile}
+    for option in (option for option, is_given in given.items() if is_given):
+        raise ConfigError(f"{option} does not go with --kuberay: a RayJob is a new run on a cluster of its own.")
+    from service.cli.kuberay import train_on_kubernetes
+    from service.config import load_run
+    from service.settings import load_settings
+
+    assert run_file is not None, "it is --resume that comes without one"
+    train_on_kubernetes(load_run(run_file, overrides), load_settings(), detach=detach)
+
+
+@k8s.command("render")
+def render(run_file: RunFile, overrides: Overrides = []) -> None:  # noqa: B006 - typer copies it
+    """Print the RayJob of a run file, with the sizes of its plan, for `kubectl create -f -`."""
+    from service.cli.kuberay import render
+    from service.config import load_run
+    from service.settings import load_settings
+
+    sys.stdout.write(render(load_run(run_file, overrides), load_settings()))
 
 
 @app.command()

@@ -48,7 +48,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
         workers, share = found
         growth = growth.tried(grown_from, workers) if grown_from else growth.looked(0)
         grown_from = 0
-        insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers))  # noqa: B023 - called at once
+        gpus = workers * share.get("GPU", 0)
+        insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers, gpus=gpus))  # noqa: B023 - called at once
         try:
             result, growth = _attempt(job, run, workers, share, scale, growth, stop, poll)
         except OutOfMemoryError as error:

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,12 +25,13 @@ from rich.console import Console
 
 from service import launcher, storage
 from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
-from service.domain import Manifest, ModelRef, RunState
+from service.domain import DEFAULT_PROJECT, Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
 from service.runs import Run, list_runs
 from service.settings import Settings
 from service.training.attempts import train_to_the_end
+from service.training.exported import Exported
 from service.training.loop import Metrics, TrainJob, TrainResult
 from service.training.patience import Patience
 from service.training.plan import Digests, RunPlan, make_run_plan
@@ -38,6 +40,7 @@ from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
 
 HEARTBEAT_EVERY_S = 10.0
+LOOK_EVERY_S = 1.0
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
 
@@ -139,6 +142,25 @@ def reopen(home: str, id_or_latest: str) -> Run:
     return run
 
 
+def reopen_if_begun(home: str, run_id: str) -> Run | None:
+    """The run of this id, as `reopen` gives it; one that has succeeded too. None where none was begun.
+
+    A driver whose node has just been lost reads as running until its heartbeat is old: it is waited for, and found alive if
+    it beats again. Raises ConflictError then.
+    """
+    try:
+        run = Run.open(home, run_id)
+    except NotFoundError:
+        return None
+    first = status = run.status()
+    while status.state is RunState.RUNNING and status.updated_at == first.updated_at:
+        if _life(status.details) != "unknown":
+            break
+        time.sleep(LOOK_EVERY_S)
+        status = run.status()
+    return run if status.state is RunState.SUCCEEDED else reopen(home, run.id)
+
+
 def newest_run_of(home: str, run_file: str) -> str:
     """The id of the newest run made from this very run file. Raises NotFoundError."""
     text = read_text(run_file, "run file")
@@ -198,10 +220,16 @@ def _source(name: str, plan: RunPlan) -> str:
 def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
     launcher.connect()
     stop = StopChannel(run)
+    exported = Exported(run, _project(RunConfig.model_validate(job.config)), plan.num_steps)
     with stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
-        result = train_to_the_end(job, run, stop, view.say, view.poll)
+        result = train_to_the_end(job, run, stop, view.say, lambda: exported.take(view.poll()))
     stop.deliver()  # a signal too late for this run is one for the run that it is a part of
     return result
+
+
+def _project(config: RunConfig) -> str:
+    """Whose run it is: the project of the model that it publishes."""
+    return ModelRef.parse(config.publish.name).project if config.publish else DEFAULT_PROJECT
 
 
 @contextmanager

@@ -107,6 +107,8 @@ class MemoryPlan:
 def plan_memory(config: RunConfig, base: Path, work: Work, device: torch.device) -> MemoryPlan:
     """Rehearse a step of the run on `device`. Raises ConfigError, ModelError as loading would; needs no weights.
 
+    For a GPU of another machine the step is rehearsed on this one's CPU: attention may keep a little more there.
+
     ZeRO is rehearsed in a process of its own: DeepSpeed keeps process groups in globals, and patches PyTorch for good.
     """
     if config.scale.strategy == "ddp":
@@ -139,7 +141,8 @@ def _rehearse(config: RunConfig, base: Path, work: Work, device: torch.device) -
     kept = quantise(model, config)
     with warnings.catch_warnings(), _group(config, work.world_size) as world_size, Rehearsal() as rehearsal:
         warnings.simplefilter("ignore")  # DeepSpeed looks at addresses, which fake tensors have not
-        stage = _Stage(model, config, World(0, world_size, device), rehearsal)
+        here = device if torch.cuda.is_available() else torch.device("cpu")
+        stage = _Stage(model, config, World(0, world_size, here), rehearsal)
         stage.set_up(kept, packed=work.packed)
         built = sum(rehearsal.live.live.values())
         stage.probe(work.first)

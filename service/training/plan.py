@@ -131,6 +131,13 @@ def detailed(plan: RunPlan, resolved: ResolvedRun, settings: Settings, *, probe:
     return replace(plan, memory=memory, probe=probed, time=time, advice=tuple(_advice(config, plan, memory)))
 
 
+def memory_on_cluster(plan: RunPlan, resolved: ResolvedRun, settings: Settings) -> MemoryPlan:
+    """The memory of a worker in a pod, on a GPU where `kubernetes.gpus` says so, whatever this machine has."""
+    device = torch.device("cuda" if resolved.config.kubernetes.gpus else "cpu")
+    rows = shards.load(plan.train.digest, home=settings.home, cache=settings.cache)
+    return plan_memory(resolved.config, plan.base.path, _work(resolved.config, rows, device), device)
+
+
 def _prepared(config: RunConfig, base: BaseModel, settings: Settings) -> Prepared:
     return prepare_run(config, renderer_for(config, base.path), home=settings.home)
 

@@ -48,15 +48,16 @@ class ProgressView:
         self.poll()
         self._bar.stop()
 
-    def poll(self) -> None:
-        """Read what is new and show it. Progress is no reason to end a run: a storage that hiccups is asked again."""
+    def poll(self) -> list[dict[str, Any]]:
+        """Read what is new, show it and return it. Progress is no reason to end a run: a storage that hiccups is asked again."""
         try:
-            rows = self._reader.new_rows()
+            rows = [row for _, row in self._reader.new_rows()]
         except StorageError as error:
             self._bar.console.print(f"progress cannot be read just now: {error}", markup=False, highlight=False)
-            return
-        for _, row in rows:
+            return []
+        for row in rows:
             self._show(row)
+        return rows
 
     def say(self, line: str) -> None:
         """A line beside the progress, such as why a new attempt begins."""

@@ -30,7 +30,7 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
     kept = {
         k: v
         for k, v in os.environ.items()
-        if not k.startswith(("RAY_", "LORAY_", "PYTHONPATH", "OMP_", "MAKE", "MFLAGS"))
+        if not k.startswith(("RAY_", "LORAY_", "KUBERNETES_", "PYTHONPATH", "OMP_", "MAKE", "MFLAGS"))
     }
     # Ray's sockets live below its temporary directory, and their paths may have 107 characters at most.
     ray_directory = tempfile.mkdtemp(prefix="lr-", dir="/tmp")

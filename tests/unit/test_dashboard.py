@@ -1,4 +1,4 @@
-"""The Grafana dashboard: what its queries ask for is what an endpoint exports, and its panels stand as Grafana wants them."""
+"""The Grafana dashboard: what its queries ask for is what endpoints and runs export, and its panels stand as Grafana wants them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.desired import AdapterReport, ReplicaReport
 from serve.metrics import Metrics
 from serve.parts import Part, Started
+from service.training.exported import COUNTERS, GAUGES, LABELS
 
-FILE = Path(__file__).resolve().parents[2] / "k8s" / "grafana-dashboard.json"
+FILE = Path(__file__).resolve().parents[2] / "k8s" / "components" / "monitoring" / "grafana-dashboard.json"
 DASHBOARD: dict[str, Any] = json.loads(FILE.read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 QUERIES = [target["expr"] for panel in PANELS for target in panel.get("targets", [])]
+
+
+# As Ray shows a run's figures: tests/integration/test_metrics_port.py sees these very names on a node.
+TRAINING = {f"ray_{name}": set(LABELS) for name in GAUGES} | {f"ray_{name}_total": set(LABELS) for name in COUNTERS}
 
 
 class Stream:
@@ -41,7 +46,7 @@ async def _read(metrics: Metrics) -> None:
 
 @pytest.fixture(scope="module")
 def exported() -> dict[str, set[str]]:
-    """Every series that an endpoint exports once each thing has happened, with its labels."""
+    """Every series that an endpoint exports once each thing has happened, and those of a run, with their labels."""
     metrics = Metrics()
     asyncio.run(_read(metrics))
     metrics.keyless("m")
@@ -52,20 +57,20 @@ def exported() -> dict[str, set[str]]:
     for family in text_string_to_metric_families(metrics.text([report]).decode()):
         for sample in family.samples:
             labels[sample.name] |= set(sample.labels)
-    return labels
+    return {**labels, **TRAINING}
 
 
-def _asked(query: str) -> tuple[list[str], set[str]]:
+def asked(query: str) -> tuple[list[str], set[str]]:
     """The series and the labels that a query names: in selectors and in `by (...)`."""
     labels = {name for group in re.findall(r"\bby \(([^)]*)\)", query) for name in re.split(r",\s*", group)}
     for selector in re.findall(r"\{([^}]*)\}", query):
         labels |= set(re.findall(r'(\w+)\s*(?:=~|!~|!=|=)\s*"', selector))
-    return re.findall(r"\bloray_\w+", query), labels
+    return re.findall(r"\b(?:ray_)?loray_\w+", query), labels
 
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_a_query_asks_for_series_and_labels_that_are_exported(query: str, exported: dict[str, set[str]]) -> None:
-    names, labels = _asked(query)
+    names, labels = asked(query)
     assert names, "it asks for something"
     for name in names:
         assert name in exported, name
@@ -79,7 +84,7 @@ def test_a_query_asks_for_series_and_labels_that_are_exported(query: str, export
 
 
 def test_every_exported_series_is_shown(exported: dict[str, set[str]]) -> None:
-    shown = {name for query in QUERIES for name in _asked(query)[0]}
+    shown = {name for query in QUERIES for name in asked(query)[0]}
     derived = ("_created", "_sum", "_count")
     assert {name for name in exported if not name.endswith(derived)} <= shown
 

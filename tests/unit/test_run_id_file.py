@@ -1,0 +1,72 @@
+"""A run that may have been begun by a driver on another host: gone on with, waited for, or left alone."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from jobs import train
+from service import storage
+from service.domain import RunState
+from service.errors import ConflictError
+from service.runs import LOST_AFTER_S, Run
+from service.training import driver
+from tests.unit.run_files import SMALL
+
+ID = "20260101-000000-tickets-0001"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """One whose driver is on another host and was heard a moment less than it takes to be lost ago."""
+    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.01)
+    run = Run.create(str(tmp_path), "tickets", "", {}, id=ID)
+    run.set_state(RunState.RUNNING, pid=1, host="gone")
+    heard = datetime.now(UTC) - timedelta(seconds=LOST_AFTER_S - 0.3)
+    status = run.status().model_copy(update={"updated_at": heard.isoformat()})
+    storage.write_bytes(run.path("status.json"), status.model_dump_json().encode())
+    return run
+
+
+def test_there_is_nothing_to_go_on_with_at_first(tmp_path: Path) -> None:
+    assert driver.reopen_if_begun(str(tmp_path), ID) is None
+
+
+def test_a_driver_that_died_with_its_node_is_waited_for(run: Run) -> None:
+    assert run.status().state is RunState.RUNNING
+    assert driver.reopen_if_begun(run.home, ID) == run
+    assert run.status().state is RunState.FAILED, "and may run again"
+
+
+def test_a_driver_that_is_heard_again_keeps_its_run(run: Run) -> None:
+    beat = threading.Timer(0.05, run.heartbeat)
+    beat.start()
+    with pytest.raises(ConflictError, match="is running"):
+        driver.reopen_if_begun(run.home, ID)
+    beat.join()
+
+
+@pytest.mark.parametrize("state", [RunState.STOPPED, RunState.FAILED, RunState.SUCCEEDED])
+def test_one_that_has_ended_is_returned_at_once(run: Run, state: RunState) -> None:
+    run.set_state(state)
+    assert driver.reopen_if_begun(run.home, ID) == run
+    assert run.status().state is state
+
+
+def test_a_job_that_is_started_again_after_its_run_has_succeeded_has_nothing_to_do(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the operator does where it has not heard of the end. A job that goes on: tests/integration/test_nodes.py."""
+    run.set_state(RunState.SUCCEEDED)
+    monkeypatch.setenv("LORAY_HOME", run.home)
+    (tmp_path / "run.yaml").write_text(SMALL)
+    (tmp_path / "run-id").write_text(f"{ID}\n")
+    arguments = [str(tmp_path / "run.yaml"), "--run-id-file", str(tmp_path / "run-id")]
+    assert train.main(arguments) == 0
+    assert f"Run {ID} has succeeded already." in capsys.readouterr().out
+    assert train.main([*arguments, "--set", "optim.rate=1"]) == 2, "a run file is read in any case"
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--run-id", ID])

@@ -1,7 +1,7 @@
 """The command line, `loray`: reads arguments, calls one thing, prints the answer. `--help` imports no torch and no Ray.
 
-Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about models in
-`models.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message and an exit code:
+Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about sweeps in
+`sweeps.py`, about models in `models.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message and an exit code:
 2 for wrong input, 1 for what failed.
 """
 
@@ -14,13 +14,13 @@ from typing import Annotated
 
 import typer
 
-from service.cli import models, runs
+from service.cli import models, runs, sweeps
 from service.cli.terminal import console, print_json
 from service.errors import ConfigError, LorayError
 
 app = typer.Typer(
     name="loray",
-    help="Fine-tune language models, and serve the results, on one Ray cluster.",
+    help="Fine-tune language models, sweep their hyperparameters, and serve the results, on one Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,6 +29,7 @@ keys = typer.Typer(no_args_is_help=True, help="API keys of endpoints.")
 app.add_typer(keys, name="keys")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
+app.add_typer(sweeps.app, name="sweep")
 
 RunFile = Annotated[str, typer.Argument(help="a YAML run file", metavar="RUN.YAML")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override one field, by dotted name")]

@@ -40,7 +40,7 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
     insist = Patience(config.checkpoint.retry_s, "the run's directory", lambda kind, text: say(text)).insist
     failures, newest = 0, insist(lambda: newest_step(run.uri))
     while True:
-        found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None)
+        found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None, job.sharing)
         if found is None:
             return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
         workers, share = found

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -27,8 +27,9 @@ from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
 from service.domain import Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
-from service.runs import Run, list_runs
+from service.runs import DRIVER_KILLED, Run, list_runs
 from service.settings import Settings
+from service.status import beating
 from service.training.attempts import train_to_the_end
 from service.training.loop import TrainJob, TrainResult
 from service.training.patience import Patience
@@ -37,7 +38,6 @@ from service.training.progress import ProgressView
 from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
 
-HEARTBEAT_EVERY_S = 10.0
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
 
@@ -50,10 +50,12 @@ def train_run(
     run_id: str | None = None,
     profile: bool = False,
     asked_at: float = 0.0,
+    sharing: int = 1,
 ) -> Run:
     """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it.
 
-    `profile` leaves a trace of a few steps in the run. `asked_at` (seconds since the epoch) is where start-up is counted from.
+    `profile` leaves a trace of a few steps in the run. `asked_at` (seconds since the epoch) is where start-up is counted
+    from. `sharing` is the number of runs like this one that are to have room on the cluster at once.
     """
     line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -65,8 +67,9 @@ def train_run(
     try:
         console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
         _warn_of_short_notice(console)
-        with _heartbeat(run):
-            job = dataclasses.replace(_job(resolved, settings, run, attempt, plan), profile=profile, asked_at=asked_at)
+        with beating(run.heartbeat):
+            job = _job(resolved, settings, run, attempt, plan)
+            job = dataclasses.replace(job, profile=profile, asked_at=asked_at, sharing=sharing)
             _train_and_finish(job, run, resolved, settings, plan, console)
     except BaseException as error:
         _mark_failed(run, error)
@@ -80,7 +83,7 @@ def train_run(
 def _mark_failed(run: Run, error: BaseException) -> None:
     """The run's last status; where even that cannot be written, the error says so and the run will read as lost."""
     try:
-        run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
+        run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}", error=type(error).__name__)
     except ConflictError:
         pass  # it had already ended, and only what came after has failed
     except StorageError as another:
@@ -121,12 +124,12 @@ def reopen(home: str, id_or_latest: str) -> Run:
     if status.state is RunState.SUCCEEDED:
         raise ConflictError(f"run {run.id} has succeeded: there is nothing to resume. Start a new run.")
     if status.state in (RunState.RUNNING, RunState.LOST):
-        life = _life(status.details)
-        if life == "alive" or (life == "unknown" and status.state is RunState.RUNNING):
+        seen = life(status.details)
+        if seen == "alive" or (seen == "unknown" and status.state is RunState.RUNNING):
             raise ConflictError(
                 f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
             )
-        run.set_state(RunState.FAILED, "its driver was killed")
+        run.set_state(RunState.FAILED, "its driver was killed", error=DRIVER_KILLED)
     return run
 
 
@@ -144,7 +147,7 @@ def newest_run_of(home: str, run_file: str) -> str:
 def _begin(run: Run, plan: RunPlan) -> int:
     """Mark the run as running here; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
-    here: dict[str, Any] = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
+    here = this_process()
     data: dict[str, Any] = {"train_digest": plan.train.digest, "eval_digest": plan.eval.digest if plan.eval else None}
     run.set_state(RunState.RUNNING, attempt=attempt, num_steps=plan.num_steps, **here, **data)
     run.clear_stop()
@@ -186,26 +189,6 @@ def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainRes
         return train_to_the_end(job, run, stop, view.say, view.poll)
 
 
-@contextmanager
-def _heartbeat(run: Run) -> Iterator[None]:
-    """Tell the world, from a thread of its own, that this driver lives. Storage that hiccups, or a mount that is away for a
-    moment, is asked again."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_EVERY_S):
-            with suppress(LorayError):
-                run.heartbeat()
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-
-
 def _warn_of_short_notice(console: Console) -> None:
     """A job submitted without it is killed 3 s after SIGTERM, which may be too short for a checkpoint."""
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -219,7 +202,13 @@ def _warn_of_short_notice(console: Console) -> None:
 
 @contextmanager
 def _stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting."""
+    """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting.
+
+    Only the main thread may listen to signals: a sweep, which trains in another, has listeners of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.asked:
@@ -251,7 +240,7 @@ def _finish(
         manifest = insist(
             lambda: (
                 _published_before(publish.name, run, registry)
-                or _publish(publish.name, run, resolved, registry, plan, result)
+                or publish_model(publish.name, run, resolved, registry, plan, result.metrics)
             )
         )
     report = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
@@ -268,15 +257,19 @@ def _finish(
 
 def _published_before(family: str, run: Run, registry: Registry) -> Manifest | None:
     """The version that an earlier attempt of this run published, before it was cut short."""
-    if int(run.status().details.get("attempt", 1)) == 1:
-        return None
+    return None if int(run.status().details.get("attempt", 1)) == 1 else published_from(run, family, registry)
+
+
+def published_from(run: Run, family: str, registry: Registry) -> Manifest | None:
+    """The newest version of `family` that holds this run's model."""
     manifests = (registry.manifest(ModelRef.parse(family).at(v)) for v in reversed(registry.versions(family)))
     return next((manifest for manifest in manifests if manifest.run == run.id), None)
 
 
-def _publish(
-    family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, result: TrainResult
+def publish_model(
+    family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, metrics: dict[str, float]
 ) -> Manifest:
+    """Publish the model that a finished run holds as the next version of `family`."""
     config, method = resolved.config, resolved.config.method
     draft = ManifestDraft(
         kind="adapter" if isinstance(method, LoraBlock) else "full",
@@ -293,7 +286,7 @@ def _publish(
             for name, card in (("train", plan.train), ("eval", plan.eval))
             if card
         },
-        metrics=result.metrics,
+        metrics=metrics,
         run=run.id,
         versions={package: importlib.metadata.version(package) for package in VERSIONED},
     )
@@ -306,7 +299,12 @@ def _publish(
         return registry.publish(family, Path(directory), draft)
 
 
-def _life(driver: dict[str, Any]) -> str:
+def this_process() -> dict[str, Any]:
+    """What `life` tells this process by."""
+    return {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
+
+
+def life(driver: dict[str, Any]) -> str:
     """`alive` or `dead` for a driver on this host; on another host, `unknown`."""
     pid = driver.get("pid")
     if driver.get("host") != socket.gethostname() or not isinstance(pid, int):

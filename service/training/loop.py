@@ -64,6 +64,7 @@ class TrainJob:
     micro: int | None = None  # instead of memory.micro, after that did not fit
     profile: bool = False  # leave a torch profiler trace in the run
     asked_at: float = 0.0  # when the user asked, in seconds since the epoch: start-up is counted from here
+    sharing: int = 1  # runs like this one that are to have room on the cluster at once
 
     @property
     def identity(self) -> Identity:
@@ -273,11 +274,13 @@ class _Session:
         drawn = [int(self.rows.row_numbers[row]) for i in mine if i is not None for pack in batches[i] for row in pack]
         self.ledger.append({"step": step + 1, "ids": drawn})
         self.step_seconds = self.world.from_first(int(1000 * (time.monotonic() - started))) / 1000
+        tokens = int(self.rows.lengths[rows].sum())
         metrics = {
             "train/loss": sums.loss,
             "train/grad_norm": update.grad_norm,
+            "train/tokens": float(tokens),
             "train/supervised_tokens": float(supervised),
-            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / (time.monotonic() - started),
+            "train/tokens_per_s": tokens / (time.monotonic() - started),
             "optim/lr": rate,
             "train/epoch": (step + 1) / self.plan.steps_per_epoch,
             "memory/peak_bytes": float(_peak_bytes(self.world.device)),

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -27,6 +27,9 @@ from service.status import LOST_AFTER_S
 from tune.directory import Sweep, TrialRecord, TrialRun
 from tune.sweep_file import ResolvedSweep
 from tune.trials import ENDED, trial_state
+
+if TYPE_CHECKING:
+    from service.training.trainer import Crew
 
 LOOK_EVERY_S = 0.5
 LOOK_FOR_STOP_EVERY_S = 2.0
@@ -57,11 +60,22 @@ class Report:
 
 
 class TrialThread:
-    """The newest run of a trial, being trained in a thread of this process. `donor`: (run, step) that it goes on from."""
+    """The newest run of a trial, being trained in a thread of this process, by the workers of `crew`.
+
+    `donor`: (run, step) that it goes on from.
+    """
 
     def __init__(
-        self, job: TrialJob, number: int, draw: dict[str, Any], donor: tuple[str, int] | None, *, replay: bool
+        self,
+        job: TrialJob,
+        number: int,
+        draw: dict[str, Any],
+        donor: tuple[str, int] | None,
+        crew: Crew,
+        *,
+        replay: bool,
     ) -> None:
+        self._crew = crew
         self._job, self._draw, self._donor, self._replay = job, draw, donor, replay
         self._settings = Settings(job.home, Path(job.cache))
         self._sweep = Sweep(job.home, job.sweep)
@@ -170,7 +184,7 @@ class TrialThread:
         watch.start()
         train_run(
             config, self._settings, console,
-            resume=resumed, run_id=run.id, asked_at=asked_at, sharing=self._job.sharing,
+            resume=resumed, run_id=run.id, asked_at=asked_at, sharing=self._job.sharing, crew=self._crew,
         )  # fmt: skip
         self._run = run
 

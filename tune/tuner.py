@@ -105,7 +105,10 @@ class TuneTrial(ray.tune.Trainable):
     """A trial as Tune sees it. An actor drives one trial after the other; the first `step` of each begins its run."""
 
     def setup(self, config: dict[str, Any], job: dict[str, Any], replay: bool) -> None:
+        from service.training.trainer import Crew
+
         self._job, self._replay = TrialJob(**job), replay
+        self._crew = Crew()  # an actor's trials, one after the other, share its workers
         self._begin(config)
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -121,7 +124,7 @@ class TuneTrial(ray.tune.Trainable):
             return {"done": True}
         if self._thread is None:
             self._thread = TrialThread(
-                self._job, int(self.trial_name), self._draw, self._donor, replay=self._replay
+                self._job, int(self.trial_name), self._draw, self._donor, self._crew, replay=self._replay
             )  # fmt: skip
         while not self._reports and self._thread.alive:
             time.sleep(LOOK_EVERY_S)
@@ -156,7 +159,8 @@ class TuneTrial(ray.tune.Trainable):
         self._donor = (pointer["run"], pointer["step"]) if pointer else None
 
     def cleanup(self) -> None:
-        self._leave()
+        if self._leave():
+            self._crew.leave()
 
     def _leave(self) -> bool:
         return self._thread is None or self._thread.stop(LEFT, STOPS_WITHIN_S)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 
 from service import logs
 from service.config import RunConfig, ScaleBlock
@@ -22,16 +23,19 @@ from service.training.loop import TrainJob, TrainResult
 from service.training.patience import Patience
 from service.training.placement import Resources
 from service.training.stop_channel import GROW, LEAVE, MOVES, StopChannel
+from service.training.trainer import Crew
 
 LOOK_AT_CLUSTER_EVERY_S = 5.0
 
 Say = Callable[[str], None]
 
 
-def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll: Callable[[], None]) -> TrainResult:
+def train_to_the_end(
+    job: TrainJob, run: Run, stop: StopChannel, say: Say, poll: Callable[[], None], crew: Crew | None = None
+) -> TrainResult:
     """Attempt after attempt, until the run has finished, was asked to stop, or cannot go on.
 
-    `poll` is called about twice a second from this thread. Raises the loop's own error, WorkerLostError after
+    `poll` is called about twice a second from this thread. A `crew` keeps its workers for the next run. Raises the loop's own error, WorkerLostError after
     `scale.max_failures` losses in a row without a new checkpoint, ClusterError when no workers can be had, StorageError
     when storage stayed away for `checkpoint.retry_s`.
     """
@@ -40,13 +44,15 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
     insist = Patience(config.checkpoint.retry_s, "the run's directory", lambda kind, text: say(text)).insist
     failures, newest = 0, insist(lambda: newest_step(run.uri))
     while True:
-        found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None, job.sharing)
+        found = crew.ready_for(scale) if crew else None
+        found = found or placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None, job.sharing)
         if found is None:
             return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
         workers, share = found
         insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers))  # noqa: B023 - called at once
         try:
-            result = _attempt(job, run, workers, share, scale, stop, poll)
+            fit = partial(crew.fit if crew else trainer.fit, job, workers, share)
+            result = _attempt(fit, job, run, workers, share, scale, stop, poll)
         except OutOfMemoryError as error:
             if error.micro <= 1:
                 raise
@@ -63,6 +69,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
             if result.stopped is None or reason not in MOVES:
                 return replace(result, stopped=result.stopped and (reason or result.stopped))
             why = reason
+            if crew:
+                crew.leave()
         insist(stop.forget_moves)
         newest = insist(lambda: newest_step(run.uri))
         job = replace(job, attempt=job.attempt + 1)
@@ -70,6 +78,7 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
 
 
 def _attempt(
+    fit: Callable[[], TrainResult],
     job: TrainJob,
     run: Run,
     workers: int,
@@ -84,15 +93,15 @@ def _attempt(
     """
     future: Future[TrainResult] = Future()
 
-    def fit() -> None:
+    def work() -> None:
         try:
-            future.set_result(trainer.fit(job, workers, share))
+            future.set_result(fit())
         except BaseException as error:
             future.set_exception(error)
 
     look_at = time.monotonic() + LOOK_AT_CLUSTER_EVERY_S
     places: list[str] = []
-    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
     while not future.done():
         wait([future], timeout=0.5)
         stop.deliver()

@@ -37,6 +37,7 @@ from service.training.plan import RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
+from service.training.trainer import Crew
 
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -51,11 +52,13 @@ def train_run(
     profile: bool = False,
     asked_at: float = 0.0,
     sharing: int = 1,
+    crew: Crew | None = None,
 ) -> Run:
     """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it.
 
     `profile` leaves a trace of a few steps in the run. `asked_at` (seconds since the epoch) is where start-up is counted
-    from. `sharing` is the number of runs like this one that are to have room on the cluster at once.
+    from. `sharing` is the number of runs like this one that are to have room on the cluster at once. A `crew` keeps its workers
+    for the next run.
     """
     line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -70,7 +73,7 @@ def train_run(
         with beating(run.heartbeat):
             job = _job(resolved, settings, run, attempt, plan)
             job = dataclasses.replace(job, profile=profile, asked_at=asked_at, sharing=sharing)
-            _train_and_finish(job, run, resolved, settings, plan, console)
+            _train_and_finish(job, run, resolved, settings, plan, console, crew)
     except BaseException as error:
         _mark_failed(run, error)
         if isinstance(error, LorayError) and isinstance(error, (ValueError, LookupError)):
@@ -91,9 +94,15 @@ def _mark_failed(run: Run, error: BaseException) -> None:
 
 
 def _train_and_finish(
-    job: TrainJob, run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, console: Console
+    job: TrainJob,
+    run: Run,
+    resolved: ResolvedRun,
+    settings: Settings,
+    plan: RunPlan,
+    console: Console,
+    crew: Crew | None,
 ) -> None:
-    result = _train(job, run, plan, console)
+    result = _train(job, run, plan, console, crew)
     if result.stopped is None:
         _finish(run, resolved, settings, plan, result, console)
         return
@@ -182,11 +191,11 @@ def _source(name: str, plan: RunPlan) -> str:
     return str(plan.base.path) if Path(name).expanduser().is_dir() else name
 
 
-def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
+def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console, crew: Crew | None) -> TrainResult:
     launcher.connect()
     stop = StopChannel(run)
     with _stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
-        return train_to_the_end(job, run, stop, view.say, view.poll)
+        return train_to_the_end(job, run, stop, view.say, view.poll, crew)
 
 
 def _warn_of_short_notice(console: Console) -> None:

@@ -32,6 +32,8 @@ METRICS = (
 )
 # What population-based training may change in the middle of a run: no shape, and nothing that the order of rows follows from.
 LIVE = ("optim.lr", "optim.weight_decay", "optim.clip", "method.dropout")
+# What may differ among trials that share one copy of the base.
+SHARING = ("optim.lr", "method.r", "method.alpha")
 
 Ends = Annotated[tuple[float, float], Strict(False)]
 
@@ -79,13 +81,17 @@ class Budget(Block):
 
 
 class SearchBlock(Block):
-    """How values are found: `trials` is 16 unless given, for a grid all of it. `parallel`: as many as have room, unless given."""
+    """How values are found: `trials` is 16 unless given, for a grid all of it. `parallel`: as many as have room, unless given.
+
+    `share_base`: all trials train in one worker on one copy of the frozen base, `parallel` of them (4 unless given) in turns.
+    """
 
     algorithm: Literal["random", "grid", "tpe"] = "random"
     trials: int | None = Field(default=None, ge=1)
     metric: str = "eval/loss"
     mode: Literal["min", "max"] = "min"
     parallel: int | None = Field(default=None, ge=1)
+    share_base: bool = False
     budget: Budget = Budget()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -147,6 +153,12 @@ class SweepConfig(Block):
             yield (
                 f"stop: pbt changes values while all trials train, search: {algorithm} {what}; the two cannot go together. "
                 "Set search.algorithm: random, or stop: asha."
+            )
+        if value_at(values, "search.share_base") and (algorithm == "tpe" or rule == "pbt"):
+            both = "search: tpe" if algorithm == "tpe" else "stop: pbt"
+            yield (
+                f"search.share_base: has a runner of its own, which knows no {both}. Set search.algorithm to random or grid, "
+                "and stop to asha or none."
             )
         metric = value_at(values, "search.metric")
         if isinstance(metric, str) and metric not in METRICS:

@@ -38,6 +38,7 @@ from tune.trials import ENDED, Trial, Trials
 
 LOOK_EVERY_S = 1.0
 LOOKING_SHARE = 0.1  # of the driver's time at most, where looking at many trials takes long
+SHARING_AT_ONCE = 4  # trials on one copy of the base, unless search.parallel says how many
 PBT_KEEPS = 4  # checkpoints: one that is being taken over must not be pruned
 RESUMABLE = ("search.trials", "search.parallel", "search.budget", "publish")
 
@@ -174,21 +175,26 @@ def _planned(resolved: ResolvedSweep, settings: Settings, console: Console) -> t
                 f"stop: pbt trains all {resolved.num_trials} trials at once, and the cluster has room for {fit}. Lower "
                 "search.trials or scale.workers, or set stop: asha."
             )
-    parallel = trials_at_once(search, fit, nodes, scale.max_workers, gpu)
+    if search.share_base:
+        parallel = search.parallel or SHARING_AT_ONCE
+    else:
+        parallel = trials_at_once(search, fit, nodes, scale.max_workers, gpu)
     if search.parallel and search.parallel > parallel:
         _say(console, f"The cluster has room for {parallel} trial(s) at once, not {search.parallel}: the others queue.")
     how = f"search {search.algorithm}, stop {resolved.config.stop.type}"
-    _say(console, f"{resolved.num_trials} trials of {plan.num_steps} steps, {parallel} at a time, {how}")
+    at_once = f"{parallel} at a time{' on one copy of the base' if search.share_base else ''}"
+    _say(console, f"{resolved.num_trials} trials of {plan.num_steps} steps, {at_once}, {how}")
     also = set_in_trials(resolved, run.config, plan.num_steps)
     here, metric = str(Path.cwd()), search.metric
-    return TrialJob(settings.home, str(settings.cache), here, "", metric, also, sharing=parallel), parallel
+    sharing = 1 if search.share_base else parallel
+    return TrialJob(settings.home, str(settings.cache), here, "", metric, also, sharing), parallel
 
 
 def _tried(
     sweep: Sweep, resolved: ResolvedSweep, job: TrialJob, parallel: int, spent_s: float, console: Console
 ) -> list[Trial]:
     """Run what has not ended; how all trials stand then."""
-    from tune.tuner import Queue, run_trials
+    from tune.tuner import Queue
 
     known = {record.number for record in sweep.records()}
     for number, draw in enumerate(resolved.known_draws or (), start=1):
@@ -203,6 +209,10 @@ def _tried(
     with SweepView(search.metric, search.mode, resolved.num_trials, console) as view, _Stop(sweep, view.say) as stop:
         tick = _Tick(sweep, resolved, look, view, stop, spent_s)
         if waiting or len(ended) < resolved.num_trials:
+            if search.share_base:
+                from tune.shared import run_trials_together as run_trials
+            else:
+                from tune.tuner import run_trials
             run_trials(sweep, resolved, job, Queue(waiting, resolved.num_trials), ended, parallel, tick)
         tick.last()
     sweep.heartbeat(seconds=spent_s + tick.elapsed_s)

@@ -14,7 +14,7 @@ from service.config_blocks import RunConfig
 from service.config_problems import annotations_of, blocks_of, dotted_names, unknown_key
 from service.config_values import mapping, override, put, read_text, take_out, value_at
 from service.errors import ConfigError
-from service.sweep_config import LIVE, RANGES, Dimension, PbtBlock, SweepConfig
+from service.sweep_config import LIVE, RANGES, SHARING, Dimension, PbtBlock, SweepConfig
 from tune import space as spaces
 
 OWN = ("search", "stop", "publish")
@@ -227,6 +227,15 @@ def _across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -
         for key, dimension in space.items():
             if any(isinstance(value, list | Mapping) for value in dimension.choose or ()):
                 yield f"space.{key}: search: tpe chooses among numbers, words, true and false. Set search: random."
+    if search.share_base:
+        for key in space:
+            if key not in SHARING:
+                yield f"space.{key}: trials that share a base differ in {', '.join(SHARING)} only. Fix it in the base."
+        for key, needed in (("method.type", ("lora", "qlora", None)), ("method.bias", ("none", None))):
+            if value_at(base, key) not in needed:
+                yield f"base: {key}: {value_at(base, key)} changes the base that search.share_base shares. Use lora or qlora without biases."
+        if value_at(base, "scale.workers") not in (None, 1):
+            yield f"base: scale.workers: {value_at(base, 'scale.workers')}, and with search.share_base all trials train in one. Set 1."
     if isinstance(config.stop, PbtBlock):
         if not live(space):
             yield f"stop: pbt has nothing to change. Give a range of numbers for one of {', '.join(LIVE)}."

@@ -29,7 +29,7 @@ from tune.sweep_file import ResolvedSweep
 from tune.trials import ENDED, trial_state
 
 if TYPE_CHECKING:
-    from service.training.trainer import Crew
+    from service.training.trainer import Crew, SharedCrew
 
 LOOK_EVERY_S = 0.5
 LOOK_FOR_STOP_EVERY_S = 2.0
@@ -71,7 +71,7 @@ class TrialThread:
         number: int,
         draw: dict[str, Any],
         donor: tuple[str, int] | None,
-        crew: Crew,
+        crew: Crew | SharedCrew,
         *,
         replay: bool,
     ) -> None:

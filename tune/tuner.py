@@ -82,7 +82,7 @@ def run_trials(
         ),
         param_space={} if search else {"trial": ray.tune.grid_search(draws)},
         tune_config=ray.tune.TuneConfig(
-            scheduler=_scheduler(sweep, resolved, before),
+            scheduler=scheduler(sweep, resolved, before),
             search_alg=search,
             num_samples=queue.last - len(before) if search else 1,
             max_concurrent_trials=parallel,
@@ -133,10 +133,10 @@ class TuneTrial(ray.tune.Trainable):
             self._reports += self._thread.new_reports()
         if self._reports:
             self._last = self._reports.pop(0)
-            return _as_result(self._last)
+            return as_result(self._last)
         if self._thread.failure:
             return {"done": True, "failed": True}
-        return {"done": True, **(_as_result(self._last) if self._last else {})}
+        return {"done": True, **(as_result(self._last) if self._last else {})}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Make room for another trial, or for other values of this one."""
@@ -166,7 +166,8 @@ class TuneTrial(ray.tune.Trainable):
         return self._thread is None or self._thread.stop(LEFT, STOPS_WITHIN_S)
 
 
-def _as_result(report: Report) -> dict[str, Any]:
+def as_result(report: Report) -> dict[str, Any]:
+    """A measurement as a scheduler takes it."""
     return {"progress": report.progress, "value": report.value, "replayed": report.replayed}
 
 
@@ -210,7 +211,8 @@ class _Pbt(PopulationBasedTraining):
         return str(TrialScheduler.CONTINUE if decision == TrialScheduler.PAUSE else decision)
 
 
-def _scheduler(sweep: Sweep, resolved: ResolvedSweep, before: Sequence[Trial]) -> TrialScheduler:
+def scheduler(sweep: Sweep, resolved: ResolvedSweep, before: Sequence[Trial]) -> TrialScheduler:
+    """The sweep's stopping rule, which knows what ended trials have measured."""
     rule = resolved.config.stop
     if isinstance(rule, AshaBlock):
         asha = _Asha(sweep, resolved, rule)

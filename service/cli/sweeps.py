@@ -49,6 +49,9 @@ def run(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="override one field, of the sweep or of its base")
     ] = [],  # noqa: B006 - typer copies it
     resume: Annotated[str | None, typer.Option(metavar="SWEEP", help="go on with a sweep: its id, or latest")] = None,
+    share_base: Annotated[
+        bool, typer.Option("--share-base", help="all trials in one worker, on one copy of the frozen base")
+    ] = False,
 ) -> None:
     """Run a sweep file, or go on with a sweep; rank its trials and publish the best one's model.
 
@@ -60,7 +63,7 @@ def run(
         )
     from jobs.sweep import run as run_here
 
-    run_here(sweep_file, resume, overrides, console)
+    run_here(sweep_file, resume, [*overrides, *(["search.share_base=true"] if share_base else [])], console)
 
 
 @app.command("list")

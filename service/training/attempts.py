@@ -23,7 +23,7 @@ from service.training.loop import TrainJob, TrainResult
 from service.training.patience import Patience
 from service.training.placement import Resources
 from service.training.stop_channel import GROW, LEAVE, MOVES, StopChannel
-from service.training.trainer import Crew
+from service.training.trainer import Crew, SharedCrew
 
 LOOK_AT_CLUSTER_EVERY_S = 5.0
 
@@ -31,7 +31,12 @@ Say = Callable[[str], None]
 
 
 def train_to_the_end(
-    job: TrainJob, run: Run, stop: StopChannel, say: Say, poll: Callable[[], None], crew: Crew | None = None
+    job: TrainJob,
+    run: Run,
+    stop: StopChannel,
+    say: Say,
+    poll: Callable[[], None],
+    crew: Crew | SharedCrew | None = None,
 ) -> TrainResult:
     """Attempt after attempt, until the run has finished, was asked to stop, or cannot go on.
 

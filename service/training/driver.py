@@ -37,7 +37,7 @@ from service.training.plan import RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
-from service.training.trainer import Crew
+from service.training.trainer import Crew, SharedCrew
 
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -52,7 +52,7 @@ def train_run(
     profile: bool = False,
     asked_at: float = 0.0,
     sharing: int = 1,
-    crew: Crew | None = None,
+    crew: Crew | SharedCrew | None = None,
 ) -> Run:
     """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it.
 
@@ -100,7 +100,7 @@ def _train_and_finish(
     settings: Settings,
     plan: RunPlan,
     console: Console,
-    crew: Crew | None,
+    crew: Crew | SharedCrew | None,
 ) -> None:
     result = _train(job, run, plan, console, crew)
     if result.stopped is None:
@@ -191,7 +191,7 @@ def _source(name: str, plan: RunPlan) -> str:
     return str(plan.base.path) if Path(name).expanduser().is_dir() else name
 
 
-def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console, crew: Crew | None) -> TrainResult:
+def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console, crew: Crew | SharedCrew | None) -> TrainResult:
     launcher.connect()
     stop = StopChannel(run)
     with _stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:

@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from service.training.patience import Patience
 from service.training.profiling import profiler
 from service.training.ranklog import RankLog
 from service.training.strategy import World
+from service.training.together import Together
 from service.training.watch import Watch
 
 AGREE_EVERY_S = 10.0  # inside a step longer than twice this, the workers agree so often on whether to stop
@@ -85,10 +87,16 @@ class TrainResult:
     seconds: float = 0.0
 
 
-def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None = None) -> TrainResult:
+def train(
+    job: TrainJob,
+    world: World,
+    report: Callable[[Metrics], None] | None = None,
+    together: Together | None = None,
+) -> TrainResult:
     """Train one run to its end, or until it is asked to stop. Every worker calls it with the same job.
 
-    `report` is called on every worker with the same metrics after each step. Raises TrainingError, ModelError, GateError,
+    `report` is called on every worker with the same metrics after each step. `together`: what this run shares with others that
+    train in other threads of this process. Raises TrainingError, ModelError, GateError,
     OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
@@ -97,7 +105,7 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
-        session = _Session(job, world, run, log, closing)
+        session = _Session(job, world, run, log, closing, together)
         result = session.train_steps(report)
         if result.stopped is None:
             result = replace(result, gate=session.save_and_check())
@@ -137,8 +145,17 @@ def _close_quietly(closing: list[Callable[[], None]], error: BaseException) -> N
 class _Session:
     """What lives as long as one attempt: the model, its optimizer, the data, the logs."""
 
-    def __init__(self, job: TrainJob, world: World, run: Run, log: RankLog, closing: list[Callable[[], None]]) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        world: World,
+        run: Run,
+        log: RankLog,
+        closing: list[Callable[[], None]],
+        together: Together | None,
+    ) -> None:
         self.job, self.world, self.run, self.log = job, world, run, log
+        self.turn: Callable[[], AbstractContextManager[None]] = together.turn if together else nullcontext
         self.config = config = RunConfig.model_validate(job.config)
         writer = f"a{job.attempt}-r{world.rank}"
         self.metrics, self.ledger, self.events = (
@@ -160,8 +177,9 @@ class _Session:
         micro = job.micro or self._micro(packed=True)
         self.batches = Batches(config, world, np.argsort(-self.rows.lengths, kind="stable"), micro)
         self.watch.moved("loading the model")
-        with strategy.loading(config):
-            self.model = methods.load_model(base.path, config, world.device, cache, job.home)
+        with self.turn(), strategy.loading(config):
+            shared = together.base(base.path, config, world.device) if together else None
+            self.model = methods.load_model(base.path, config, world.device, cache, job.home, shared)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.loaded = time.time()
         self.objective = SupervisedLoss(self.model)
@@ -172,18 +190,20 @@ class _Session:
         self.step_seconds = 0.0  # of the last step, the first worker's: the same figure on all
 
     def train_steps(self, report: Callable[[Metrics], None] | None) -> TrainResult:
-        step = self._start()
+        with self.turn():
+            step = self._start()
         last = self._metrics_of(step)
         stopped: str | None = None
         with profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile:
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
-                metrics, stop = self._step(step)
-                profile.step()
-                if metrics is not None:  # else it was not made
-                    step, last = step + 1, metrics
-                    self._after_step(step, last, report)
+                with self.turn():
+                    metrics, stop = self._step(step)
+                    profile.step()
+                    if metrics is not None:  # else it was not made
+                        step, last = step + 1, metrics
+                        self._after_step(step, last, report)
                 if stop or self.keeper.due(step, self.plan.num_steps):
                     self.watch.moved(f"checkpoint of step {step}")
                     self.keeper.take(step)
@@ -348,7 +368,8 @@ class _Session:
     def save_and_check(self) -> GateReport | None:
         """Save the model, free the memory, and have a fresh process reproduce the probe; on the first worker only."""
         self.watch.moved("saving the model")
-        probe = handover.make_probe(self.objective, self.batches, self.rows)
+        with self.turn():
+            probe = handover.make_probe(self.objective, self.batches, self.rows)
         weights = ((name, tensors["weight"]) for name, tensors in self.strategy.state())
         with tempfile.TemporaryDirectory(prefix="loray-model-") as aside:
             directory = Path(aside) / "model"

@@ -145,6 +145,8 @@ def test_weak_trials_are_stopped_with_a_checkpoint_and_say_why(place: Place, swe
         assert trial.run and STEPS > checkpoints(Run(place.settings.home, trial.run))[-1] >= STEPS / 4
         assert 0 < trial.tokens < best.tokens
     assert f"trial 2 stopped after step {weak[0].step}" in output
+    processes = {event["text"] for trial in (best, *weak) for event in _worker_events(place, trial)}
+    assert len(processes) == 1  # the workers stay
     rows = Run(place.settings.home, str(best.run)).metrics()
     assert {name for row in rows for name in row} - {"step"} <= set(METRICS)
 
@@ -211,6 +213,28 @@ def test_on_s3_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(
     assert run.status().details["attempt"] == 2
     assert sweep.status().details["model"] == "small@1"
     assert "leaderboard.md" in storage.list_names(sweep.uri)
+
+
+@pytest.mark.long
+def test_trials_on_one_copy_of_the_base_are_runs_like_others_and_a_stopped_one_makes_room(
+    place: Place, sweep_file: Path, tmp_path: Path
+) -> None:
+    space = {"optim.lr": [1e-2, 1e-5, 1e30]}
+    file = write(tmp_path, space, search={"algorithm": "grid", "parallel": 2}, stop={"factor": 2, "grace": 0.25})
+    output = place.loray("sweep", str(file), "--share-base")
+    (sweep,) = list_sweeps(place.settings.home)
+    best, weak, diverged = look(sweep)
+    assert "2 at a time on one copy of the base" in output
+    assert (best.state, diverged.state) == (TrialState.FINISHED, TrialState.FAILED)
+    assert weak.state in (TrialState.STOPPED, TrialState.FINISHED)  # whether it was measured first is chance
+    processes = {event["text"].split("process ")[1] for trial in look(sweep) for event in _worker_events(place, trial)}
+    assert len(processes) == 1
+    assert sweep.status().details["model"] == "small@1"
+
+
+def _worker_events(place: Place, trial: Trial) -> list[dict[str, Any]]:
+    events = Run(place.settings.home, str(trial.run)).events()
+    return [event for event in events if event["kind"] == "worker"]
 
 
 def test_bad_input_is_told_before_a_sweep_exists(place: Place, sweep_file: Path) -> None:

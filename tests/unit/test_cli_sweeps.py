@@ -74,6 +74,11 @@ def test_everything_wrong_with_a_sweep_file_is_told_before_there_is_a_sweep(lora
     assert list_sweeps(home) == []
 
 
+def test_share_base_is_a_flag_of_a_new_sweep(loray: Loray, home: str) -> None:
+    done = loray("sweep", write(search="tpe"), "--share-base")
+    assert done.code == 2 and "knows no search: tpe" in done.err
+
+
 def test_list_shows_each_sweep_and_its_best_trial(loray: Loray, home: str) -> None:
     assert "No sweeps yet. Start one: loray sweep SWEEP.YAML" in loray("sweep", "list").out
     sweep = swept(home, RunState.SUCCEEDED)
@@ -135,6 +140,7 @@ def test_a_sweep_that_is_over_or_running_is_not_gone_on_with(loray: Loray, home:
 @pytest.mark.parametrize(
     ("override", "problem"),
     [
+        ("search.share_base=true", "search.share_base: a sweep that goes on keeps it"),
         ("optim.lr=0.1", "optim.lr: a sweep that goes on keeps it. Changeable are search.trials"),
         ("search.trials=0", "search.trials: must be greater than or equal to 1, not 0"),
     ],

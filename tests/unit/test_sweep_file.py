@@ -121,6 +121,14 @@ def test_all_problems_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
             {"space": {"method.alpha": {"ratio_of": "method.r", "choose": [1]}, "method.r": [4]}},
             "drawn after method.alpha",
         ),
+        (
+            {"search": {"share_base": True, "algorithm": "tpe"}},
+            "search.share_base: has a runner of its own, which knows no search: tpe",
+        ),
+        (
+            {"search": {"share_base": True}, "space": {**SPACE, "optim.batch.rows": [4, 8]}},
+            "space.optim.batch.rows: trials that share a base differ in optim.lr, method.r, method.alpha only",
+        ),
         ({"space": {**SPACE, "publish.name": ["a", "b"]}}, "space.publish.name: cannot vary"),
         ({"stop": {"type": "asha", "quantile": 0.1}}, "stop.quantile: is no key of stop.type asha; it belongs to pbt"),
     ],
@@ -133,6 +141,21 @@ def test_a_metric_of_evaluation_needs_rows_to_evaluate_on(tmp_path: Path) -> Non
     without = {**BASE, "data": {"train": "rows.jsonl"}}
     assert "without rows to evaluate on" in problems(tmp_path, base=without)
     assert load(tmp_path, base=without, search={"metric": "train/loss"}).config.search.metric == "train/loss"
+
+
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        ({"method": {"type": "full"}}, "method.type: full changes the base"),
+        ({"method": {"type": "lora", "bias": "all"}}, "method.bias: all changes the base"),
+        ({"scale": {"workers": 2}}, "scale.workers: 2, and with search.share_base all trials train in one"),
+    ],
+)
+def test_only_a_base_that_stays_as_it_is_can_be_shared(tmp_path: Path, block: dict[str, Any], problem: str) -> None:
+    space = {"optim.lr": [1e-4, 1e-3]}
+    with pytest.raises(ConfigError, match=problem):
+        load(tmp_path, base={**BASE, **block}, space=space, search={"share_base": True})
+    assert load(tmp_path, space=space, search={"share_base": True}).config.search.share_base
 
 
 def test_the_recipe_is_a_sweep() -> None:

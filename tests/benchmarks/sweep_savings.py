@@ -1,10 +1,11 @@
-"""What stopping early saves, and what it costs: the same trials with ASHA and without, on the tickets task.
+"""What stopping early saves and what it costs, and what sharing the base saves: on the tickets task.
 
     python -m tests.benchmarks.sweep_savings [--seeds 0 1 2] [--sweep FILE] [--set optim.max_steps=16 ...]
 
 Prints a table, then one JSON line: `asha_token_share`, the tokens that the trials read with ASHA over those of the same trials
 run to their ends, and `asha_loss_gap`, how much worse the best loss is (0.02: 2 %); medians over the seeds. Beside them what
-Tune and Train cost around a trial, in seconds from its beginning to its first step.
+Tune and Train cost around a trial, in seconds from its beginning to its first step. `shared_base_memory` is the peak memory
+of one worker that trains SHARED trials on one copy of the base over the sum of those trials' workers when each has its own.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from service.runs import Run
 from service.settings import Settings, load_settings
 from tune import leaderboard
 from tune.sweep import run_sweep
@@ -26,6 +28,7 @@ from tune.sweep_file import load_sweep
 from tune.trials import Trial, Trials
 
 RECIPE = "jobs/recipes/tickets-sweep.yaml"
+SHARED = 4
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,36 @@ def swept(file: str, seed: int, stop: str, overrides: list[str], settings: Setti
     return arm(Trials(sweep, resolved).look())
 
 
+def sharing(file: str, overrides: list[str], settings: Settings) -> float:
+    """The ratio of peaks; prints the seconds of both, and how far the trials' losses are apart."""
+    peaks, seconds, losses = [], [], []
+    for share in ("false", "true"):
+        own = [
+            f"search.trials={SHARED}",
+            "stop.type=none",
+            "publish=null",
+            "scale.workers=1",
+            f"search.share_base={share}",
+        ]
+        resolved = load_sweep(file, [*overrides, *own])
+        sweep = run_sweep(resolved, settings, Console(file=sys.stderr, width=160))
+        trials = Trials(sweep, resolved).look()
+        assert all(trial.state == "finished" for trial in trials), [trial.why for trial in trials]
+        runs = [Run(settings.home, str(trial.run)) for trial in trials]
+        peaks.append(
+            [max(row["memory/peak_bytes"] for row in run.metrics() if "memory/peak_bytes" in row) for run in runs]
+        )
+        seconds.append(float(sweep.status().details["seconds"]))
+        losses.append([trial.value or 0.0 for trial in trials])
+    alone, shared = sum(peaks[0]), max(peaks[1])
+    apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    print(
+        f"{SHARED} trials on a base each: {alone / 2**30:.2f} GiB, {seconds[0]:.0f} s; on one base: "
+        f"{shared / 2**30:.2f} GiB, {seconds[1]:.0f} s; losses differ by up to {apart:.2g}"
+    )
+    return shared / alone
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tokens that early stopping saves.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -72,10 +105,12 @@ def main() -> None:
                 f"{seed:>4}  {whole.tokens:>18,}  {asha.tokens:>12,}  {asha.stopped:>7}  {whole.best:>16.4f}  {asha.best:.4f}",
                 flush=True,
             )
+        shared = sharing(given.sweep, given.set, settings)
     print(
         f"from a trial's beginning to its first step: median {statistics.median(startups):.1f} s of {len(startups)} trials"
     )
     ratios = {"asha_token_share": statistics.median(shares), "asha_loss_gap": statistics.median(gaps)}
+    ratios["shared_base_memory"] = shared
     print(json.dumps({name: round(value, 4) for name, value in ratios.items()}))
 
 

@@ -221,7 +221,7 @@ def test_trials_on_one_copy_of_the_base_are_runs_like_others_and_a_stopped_one_m
 ) -> None:
     space = {"optim.lr": [1e-2, 1e-5, 1e30]}
     file = write(tmp_path, space, search={"algorithm": "grid", "parallel": 2}, stop={"factor": 2, "grace": 0.25})
-    output = place.loray("sweep", str(file), "--share-base")
+    output = swept(place, str(file), "--set", "search.share_base=true")
     (sweep,) = list_sweeps(place.settings.home)
     best, weak, diverged = look(sweep)
     assert "2 at a time on one copy of the base" in output

@@ -81,7 +81,7 @@ def sharing(file: str, overrides: list[str], settings: Settings) -> float:
         f"{SHARED} trials on a base each: {alone / 2**30:.2f} GiB, {seconds[0]:.0f} s; on one base: "
         f"{shared / 2**30:.2f} GiB, {seconds[1]:.0f} s; losses differ by up to {apart:.2g}"
     )
-    return shared / alone
+    return float(shared / alone)
 
 
 def main() -> None:

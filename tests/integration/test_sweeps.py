@@ -159,7 +159,7 @@ def test_a_weak_member_of_a_population_takes_over_a_strong_ones_checkpoint(
         tmp_path, {"optim.lr": {"log": [1e-6, 1e-2]}}, search={"trials": 2, "seed": 1},
         stop={"type": "pbt", "every": 0.4, "quantile": 0.5},
     )  # fmt: skip
-    longer = ("--set", "optim.max_steps=400", "--set", "optim.epochs=101")
+    longer = ("--set", "optim.max_steps=240", "--set", "optim.epochs=61")  # so that both train at the same time
     swept(place, str(file), *longer)
     (sweep,) = list_sweeps(place.settings.home)
     assert states(sweep) == [TrialState.FINISHED] * 2

@@ -28,7 +28,7 @@ from tests.integration.drivers import checkpoints
 from tests.integration.place import ROOT, Place, base, place, wait_until
 from tune.directory import Sweep, TrialRecord, TrialRun, list_sweeps
 from tune.sweep_file import load_sweep
-from tune.trials import EARLY, Trial, Trials, TrialState
+from tune.trials import EARLY, ENDED, Trial, Trials, TrialState
 
 __all__ = ["base", "place"]  # fixtures
 
@@ -149,6 +149,34 @@ def test_weak_trials_are_stopped_with_a_checkpoint_and_say_why(place: Place, swe
     assert len(processes) == 1  # the workers stay
     rows = Run(place.settings.home, str(best.run)).metrics()
     assert {name for row in rows for name in row} - {"step"} <= set(METRICS)
+
+
+@pytest.mark.long
+def test_eight_trials_of_the_tickets_recipe_go_on_after_a_kill_and_are_ranked_and_drawn(
+    place: Place, base: Path
+) -> None:
+    own = {"model": base, "search.trials": 8, "scale.workers": 1, "optim.max_steps": 32, "precision": "fp32"}
+    sets = [part for key, value in own.items() for part in ("--set", f"{key}={value}")]
+    with sweeping(place, "jobs/recipes/tickets-sweep.yaml", *sets) as (sweep, driver):
+        wait_until(lambda: sum(state in ENDED for state in states(sweep)) >= 2, "two trials have ended")
+        driver.send_signal(signal.SIGKILL)
+    ended = {trial.number: trial for trial in look(sweep) if trial.state in ENDED}
+    output = swept(place, "--resume", sweep.id)
+    trials = look(sweep)
+    assert [trial.number for trial in trials] == list(range(1, 9))
+    assert all(trial.state in (TrialState.FINISHED, TrialState.STOPPED) for trial in trials)
+    assert {number: trials[number - 1] for number in ended} == ended
+    assert any(trial.state is TrialState.STOPPED for trial in trials)
+    finished = [trial for trial in trials if trial.state is TrialState.FINISHED]
+    best = min(finished, key=lambda trial: trial.value or 0.0)
+    assert f"Best: trial {best.number}, published as tickets@1" in output
+    shown = place.loray("sweep", "show", sweep.id)
+    for name in ("leaderboard.md", "metric.png", "parallel.png", "importance.png"):
+        assert sweep.path(name) in shown.replace("\n", "")
+    assert storage.read_bytes(sweep.path("metric.png")).startswith(b"\x89PNG")
+    for trial in trials:
+        assert f"trial {trial.number} begins" in output or trial.number in ended
+        assert trial.changes["method.alpha"] in (trial.changes["method.r"], 2 * trial.changes["method.r"])
 
 
 @pytest.mark.long

@@ -155,10 +155,17 @@ def test_weak_trials_are_stopped_with_a_checkpoint_and_say_why(place: Place, swe
 def test_eight_trials_of_the_tickets_recipe_go_on_after_a_kill_and_are_ranked_and_drawn(
     place: Place, base: Path
 ) -> None:
-    own = {"model": base, "search.trials": 8, "scale.workers": 1, "optim.max_steps": 32, "precision": "fp32"}
+    own = {
+        "model": base,
+        "search.trials": 8,
+        "scale.workers": 1,
+        "optim.max_steps": 32,
+        "precision": "fp32",
+        "search.parallel": 1,
+    }
     sets = [part for key, value in own.items() for part in ("--set", f"{key}={value}")]
     with sweeping(place, "jobs/recipes/tickets-sweep.yaml", *sets) as (sweep, driver):
-        wait_until(lambda: sum(state in ENDED for state in states(sweep)) >= 2, "two trials have ended")
+        wait_until(lambda: len(list_runs(place.settings.home)) >= 3, "two trials have ended, and the third has begun")
         driver.send_signal(signal.SIGKILL)
     ended = {trial.number: trial for trial in look(sweep) if trial.state in ENDED}
     output = swept(place, "--resume", sweep.id)

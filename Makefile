@@ -50,6 +50,7 @@ bench: setup
 	$(BIN)/python -m tests.benchmarks.serve_mixed
 	$(BIN)/python -m tests.benchmarks.serve_adapters
 	$(BIN)/python -m tests.benchmarks.serve_http
+	$(BIN)/python -m tests.benchmarks.sweep_savings
 
 lint: setup
 	$(BIN)/ruff check .

@@ -78,13 +78,17 @@ __all__ = [  # what is imported from here
     "SplitBlock",
     "StopBlock",
     "WorkersBlock",
+    "changed",
+    "checked",
     "derived",
     "dotted_names",
     "leaves",
     "load_run",
     "load_serve",
     "read_text",
+    "report",
     "run_from_json",
+    "run_from_text",
     "sources_of",
     "validated",
 ]
@@ -115,13 +119,26 @@ def load_run(path: str, overrides: Sequence[str] = ()) -> ResolvedRun:
     An override takes away what the file says to the contrary: `method=full` the file's `method.r`, `optim.batch.tokens=...`
     its `optim.batch.rows`. What another override says stays, and is an error.
     """
-    text = read_text(path, "run file")
-    values = expanded(mapping(text, path))
+    return run_from_text(read_text(path, "run file"), path, overrides)
+
+
+def run_from_text(text: str, origin: str, overrides: Sequence[str] = ()) -> ResolvedRun:
+    """The run of a run file's text; `origin` names it in errors. Otherwise as `load_run`."""
+    values = expanded(mapping(text, origin))
     written: dict[str, Source] = dict.fromkeys((key for key, _ in leaves(values)), "file")
     for given in overrides:
         _put_override(values, written, *override(given))
-    config = validated(RunConfig, values, path)
+    config = validated(RunConfig, values, origin)
     return ResolvedRun(config, sources_of(config, written), text, tuple(overrides))
+
+
+def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A run file's values with some fields set, by dotted name; as with overrides, what they contradict is taken away."""
+    values = expanded(values)
+    written: dict[str, Source] = dict.fromkeys((key for key, _ in leaves(values)), "file")
+    for key, value in changes.items():
+        _put_override(values, written, key, value)
+    return values
 
 
 def run_from_json(document: Mapping[str, Any], text: str = "", overrides: Sequence[str] = ()) -> ResolvedRun:
@@ -139,9 +156,9 @@ def run_from_json(document: Mapping[str, Any], text: str = "", overrides: Sequen
             _put_override(values, written, key, value)
         else:
             problems += _kept(before, values, key, value)
-    config, wrong = _checked(RunConfig, values)
+    config, wrong = checked(RunConfig, values)
     if config is None or problems:
-        raise ConfigError(_report("--set beside --resume", [*problems, *wrong]))
+        raise ConfigError(report("--set beside --resume", [*problems, *wrong]))
     return ResolvedRun(config, sources_of(config, written), text, (*document["overrides"], *overrides))
 
 
@@ -181,13 +198,14 @@ BlockT = TypeVar("BlockT", bound=Block)
 
 def validated(model: type[BlockT], values: Mapping[str, Any], origin: str) -> BlockT:
     """`values` as a `model`, or a ConfigError that lists every problem under `origin`."""
-    config, problems = _checked(model, values)
+    config, problems = checked(model, values)
     if config is None:
-        raise ConfigError(_report(origin, problems))
+        raise ConfigError(report(origin, problems))
     return config
 
 
-def _checked(model: type[BlockT], values: Mapping[str, Any]) -> tuple[BlockT | None, list[str]]:
+def checked(model: type[BlockT], values: Mapping[str, Any]) -> tuple[BlockT | None, list[str]]:
+    """`values` as a `model`, or None and a line for each problem."""
     values = expanded(values)
     across = list(model.problems_across(values))
     try:
@@ -197,7 +215,8 @@ def _checked(model: type[BlockT], values: Mapping[str, Any]) -> tuple[BlockT | N
     return None if across else config, across
 
 
-def _report(origin: str, problems: Sequence[str]) -> str:
+def report(origin: str, problems: Sequence[str]) -> str:
+    """The message of an error that lists every problem of `origin`."""
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
     return "\n".join([f"{origin}: {count}. Mend and try again.", *(f"  {line}" for line in problems)])
 

@@ -34,6 +34,17 @@ def dotted_names(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
         yield from dict.fromkeys(names)
 
 
+def annotations_of(model: type[BaseModel], key: str) -> list[Any]:
+    """What the field of this dotted name takes: an annotation for each block of a union that has it."""
+    blocks: list[type[BaseModel]] = [model]
+    found: list[Any] = []
+    for part in key.split("."):
+        fields = [field for b in blocks for name, field in b.model_fields.items() if (field.alias or name) == part]
+        found = [field.annotation for field in fields]
+        blocks = [block for annotation in found for block in blocks_of(annotation)]
+    return found
+
+
 def blocks_of(annotation: Any) -> list[type[BaseModel]]:
     """The models inside an annotation such as `Annotated[Block, ...] | OtherBlock | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

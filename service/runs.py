@@ -16,49 +16,22 @@ import difflib
 import json
 import re
 import secrets
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from service import logs, storage
 from service.domain import RunState, check_name
 from service.errors import ConfigError, ConflictError, NotFoundError, StorageError
+from service.status import RunStatus, StatusFile, next_state_allowed
 
-LOST_AFTER_S = 60.0
+__all__ = ["Run", "RunStatus", "list_runs", "new_id", "next_state_allowed"]
+
+DRIVER_KILLED = "driver killed"  # `error` in the details of a run that failed; else the name of the error's class
 _ATTEMPTS = 100
 _ID = re.compile(r"(?P<time>\d{8}-\d{6})-.+-[0-9a-f]{4}")
 _WRITER = re.compile(r"a(?P<attempt>\d+)-r(?P<rank>\d+)")
 _TIME = "%Y%m%d-%H%M%S"
-_ENDS = {RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED}
-_NEXT: dict[RunState, set[RunState]] = {
-    RunState.CREATED: {RunState.RUNNING, RunState.FAILED, RunState.STOPPED},
-    RunState.RUNNING: _ENDS,
-    RunState.LOST: {RunState.RUNNING, *_ENDS},  # resumed, or its driver was only paused
-    RunState.FAILED: {RunState.RUNNING},
-    RunState.STOPPED: {RunState.RUNNING},
-    RunState.SUCCEEDED: set(),
-}
-
-
-class RunStatus(BaseModel):
-    """What status.json says. Times are ISO 8601, UTC. `details` holds whatever else the driver wants shown."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    state: RunState
-    created_at: str
-    updated_at: str
-    message: str = ""
-    step: int | None = None
-    details: dict[str, Any] = {}
-
-
-def next_state_allowed(current: RunState, wanted: RunState) -> bool:
-    """`created -> running -> succeeded | failed | stopped`; all but succeeded may run again."""
-    return wanted in _NEXT[current]
 
 
 class Run:
@@ -68,6 +41,7 @@ class Run:
         self.home = home
         self.id = id
         self.uri = storage.join(home, "runs", id)
+        self._status = StatusFile(self.path("status.json"), f"Run {id}", self.path("run.yaml"))
 
     def __repr__(self) -> str:
         return f"Run({self.uri!r})"
@@ -90,21 +64,14 @@ class Run:
             except ConflictError:
                 continue
             storage.write_bytes(run.path("resolved.json"), json.dumps(resolved, indent=2).encode())
-            storage.write_bytes(run.path("status.json"), _first_status().model_dump_json().encode())
+            run._status.create()
             return run
         raise ConflictError(f"The run {id or name!r} exists already. Leave the id out, or give another.")
 
     @classmethod
     def open(cls, home: str, id_or_latest: str) -> Run:
         """The run of this id; `latest` is the greatest id. NotFoundError names the nearest."""
-        ids = _ids(home)
-        if id_or_latest == "latest" and ids:
-            return cls(home, ids[-1])
-        if id_or_latest in ids:
-            return cls(home, id_or_latest)
-        nearest = difflib.get_close_matches(id_or_latest, ids, n=1, cutoff=0.3)
-        hint = f"the nearest is {nearest[0]}" if nearest else f"{len(ids)} runs are there"
-        raise NotFoundError(f"No run {id_or_latest!r} below {home}: {hint}. List them with `loray runs list`.")
+        return cls(home, one_of(home, id_or_latest))
 
     def path(self, *parts: str) -> str:
         """The URI of something in this run: `run.path("metrics")`."""
@@ -112,26 +79,15 @@ class Run:
 
     def status(self, now: datetime | None = None) -> RunStatus:
         """The state as of `now`; `running` without a heartbeat for 60 s reads as `lost`."""
-        return _seen_at(self._read_status()[0], now or datetime.now(UTC))
+        return self._status.read(now)
 
     def set_state(self, state: RunState, message: str = "", **fields: Any) -> RunStatus:
         """Moves to `state`, or ConflictError. `step` is a field of the status, all others join its `details`."""
-
-        def move(now: RunStatus) -> RunStatus:
-            seen = _seen_at(now, datetime.now(UTC))
-            if not next_state_allowed(seen.state, state):
-                wanted = ", ".join(sorted(_NEXT[seen.state])) or "nothing: start a new run"
-                raise ConflictError(
-                    f"Run {self.id} is {seen.state} (updated {seen.updated_at}) and cannot become {state}. "
-                    f"Possible from here: {wanted}."
-                )
-            return _updated(now, {**fields, "state": state, "message": message})
-
-        return self._change_status(move)
+        return self._status.set_state(state, message, **fields)
 
     def heartbeat(self, **fields: Any) -> None:
         """The driver lives; may carry `step`, `message` and details. Does nothing once the run has ended."""
-        self._change_status(lambda now: now if now.state in _ENDS else _updated(now, fields))
+        self._status.heartbeat(**fields)
 
     def set_resolved(self, resolved: dict[str, Any]) -> None:
         """Keep the config that a resumed run goes on with: what is learnt is the same, how it is spread may differ."""
@@ -205,46 +161,34 @@ class Run:
         rows = [row for _, row in logs.read_rows(self.path("events"))]
         return sorted(rows, key=lambda row: row["time"]) if all("time" in row for row in rows) else rows
 
-    def _read_status(self) -> tuple[RunStatus, str | None]:
-        try:
-            text, tag = storage.read_tagged(self.path("status.json"))
-        except NotFoundError:
-            if not storage.exists(self.path("run.yaml")):
-                raise
-            return _first_status(), None  # its creator is between run.yaml and status.json, or was killed there
-        try:
-            return RunStatus.model_validate_json(text), tag
-        except ValidationError as error:
-            raise StorageError(
-                f"{self.path('status.json')} is no run status: {error}. Restore or delete it."
-            ) from error
 
-    def _change_status(self, change: Callable[[RunStatus], RunStatus]) -> RunStatus:
-        # The driver is the single writer, but its heartbeat may be a thread of its own.
-        for _ in range(_ATTEMPTS):
-            before, tag = self._read_status()
-            after = change(before)
-            try:
-                storage.compare_and_swap(self.path("status.json"), after.model_dump_json().encode(), tag)
-                return after
-            except ConflictError:
-                continue
-        raise ConflictError(f"{self.path('status.json')} kept changing. Make sure that only one driver runs {self.id}.")
-
-
-def new_id(home: str, name: str) -> str:
-    """An id that no run has: `YYYYMMDD-HHMMSS-<name>-<4 hex>`, after every id below `home`."""
+def new_id(home: str, name: str, kind: str = "runs") -> str:
+    """An id that no other of its kind has: `YYYYMMDD-HHMMSS-<name>-<4 hex>`, after every id below `home`."""
     check_name(name, "run name")
-    return f"{_next_time(_ids(home), datetime.now(UTC))}-{name}-{secrets.token_hex(2)}"
+    return f"{_next_time(ids_below(home, kind), datetime.now(UTC))}-{name}-{secrets.token_hex(2)}"
 
 
 def list_runs(home: str) -> list[Run]:
     """All runs, oldest first."""
-    return [Run(home, id) for id in _ids(home)]
+    return [Run(home, id) for id in ids_below(home)]
 
 
-def _ids(home: str) -> list[str]:
-    return [name for name in storage.list_names(storage.join(home, "runs")) if _ID.fullmatch(name)]
+def ids_below(home: str, kind: str = "runs") -> list[str]:
+    """All ids of a kind (runs, sweeps), oldest first."""
+    return [name for name in storage.list_names(storage.join(home, kind)) if _ID.fullmatch(name)]
+
+
+def one_of(home: str, id_or_latest: str, kind: str = "runs") -> str:
+    """The id itself, for `latest` the greatest; NotFoundError names the nearest."""
+    ids = ids_below(home, kind)
+    if id_or_latest == "latest" and ids:
+        return ids[-1]
+    if id_or_latest in ids:
+        return id_or_latest
+    nearest = difflib.get_close_matches(id_or_latest, ids, n=1, cutoff=0.3)
+    hint = f"the nearest is {nearest[0]}" if nearest else f"{len(ids)} {kind} are there"
+    one = kind.removesuffix("s")
+    raise NotFoundError(f"No {one} {id_or_latest!r} below {home}: {hint}. List them with `loray {kind} list`.")
 
 
 def _next_time(ids: list[str], now: datetime) -> str:
@@ -257,26 +201,6 @@ def _next_time(ids: list[str], now: datetime) -> str:
     if newest and stamp <= newest["time"] <= (now + timedelta(minutes=1)).strftime(_TIME):
         return (datetime.strptime(newest["time"], _TIME).replace(tzinfo=UTC) + timedelta(seconds=1)).strftime(_TIME)
     return stamp
-
-
-def _first_status() -> RunStatus:
-    now = datetime.now(UTC).isoformat()
-    return RunStatus(state=RunState.CREATED, created_at=now, updated_at=now)
-
-
-def _seen_at(status: RunStatus, now: datetime) -> RunStatus:
-    silent_s = (now - datetime.fromisoformat(status.updated_at)).total_seconds()
-    if status.state is not RunState.RUNNING or silent_s <= LOST_AFTER_S:
-        return status
-    message = f"no heartbeat for {silent_s:.0f} s: the driver died or is cut off. Resume the run."
-    return status.model_copy(update={"state": RunState.LOST, "message": message})
-
-
-def _updated(status: RunStatus, fields: dict[str, Any]) -> RunStatus:
-    own = {name: value for name, value in fields.items() if name in ("state", "message", "step")}
-    rest = {name: value for name, value in fields.items() if name not in own}
-    update = {**own, "details": {**status.details, **rest}, "updated_at": datetime.now(UTC).isoformat()}
-    return status.model_copy(update=update)
 
 
 def _by_step(uri: str) -> list[tuple[int, list[tuple[int, dict[str, Any]]]]]:

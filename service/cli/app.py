@@ -1,8 +1,8 @@
 """The command line, `loray`: reads arguments, calls one thing, prints the answer. `--help` imports no torch and no Ray.
 
-Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about models in
-`models.py`, about data in `data.py`; what they do is done elsewhere. Errors of the tree in `errors.py` become one message
-and an exit code: 2 for wrong input, 1 for what failed.
+Every heavy import stands inside the command that needs it. Commands about runs are in `runs.py`, about sweeps in
+`sweeps.py`, about models in `models.py`, about data in `data.py`; what they do is done elsewhere. Errors of the tree in
+`errors.py` become one message and an exit code: 2 for wrong input, 1 for what failed.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Annotated
 
 import typer
 
-from service.cli import data, models, runs
+from service.cli import data, models, runs, sweeps
 from service.cli.terminal import console, print_json
 from service.errors import ConfigError, LorayError
 
 app = typer.Typer(
     name="loray",
-    help="Fine-tune language models, and serve the results, on one Ray cluster.",
+    help="Fine-tune language models, sweep their hyperparameters, and serve the results, on one Ray cluster.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,6 +32,7 @@ k8s = typer.Typer(no_args_is_help=True, help="Runs on Kubernetes, through KubeRa
 app.add_typer(k8s, name="k8s")
 app.add_typer(runs.app, name="runs")
 app.add_typer(models.app, name="models")
+app.add_typer(sweeps.app, name="sweep")
 
 RunFile = Annotated[str, typer.Argument(help="a YAML run file", metavar="RUN.YAML")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override one field, by dotted name")]

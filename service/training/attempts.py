@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import replace
+from functools import partial
 
 from service import logs
 from service.config import RunConfig, ScaleBlock
@@ -22,16 +23,24 @@ from service.training.loop import TrainJob, TrainResult
 from service.training.patience import Patience
 from service.training.placement import Growth, Resources
 from service.training.stop_channel import GROW, LEAVE, MOVES, StopChannel
+from service.training.trainer import Crew, SharedCrew
 
 LOOK_AT_CLUSTER_EVERY_S = 5.0
 
 Say = Callable[[str], None]
 
 
-def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll: Callable[[], None]) -> TrainResult:
+def train_to_the_end(
+    job: TrainJob,
+    run: Run,
+    stop: StopChannel,
+    say: Say,
+    poll: Callable[[], None],
+    crew: Crew | SharedCrew | None = None,
+) -> TrainResult:
     """Attempt after attempt, until the run has finished, was asked to stop, or cannot go on.
 
-    `poll` is called about twice a second from this thread. Raises the loop's own error, WorkerLostError after
+    `poll` is called about twice a second from this thread. A `crew` keeps its workers for the next run. Raises the loop's own error, WorkerLostError after
     `scale.max_failures` losses in a row without a new checkpoint, ClusterError when no workers can be had, StorageError
     when storage stayed away for `checkpoint.retry_s`.
     """
@@ -42,7 +51,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
     failures, newest = 0, insist(lambda: newest_step(run.uri))
     growth, grown_from = Growth(), 0
     while True:
-        found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None)
+        found = crew.ready_for(scale) if crew else None
+        found = found or placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None, job.sharing)
         if found is None:
             return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
         workers, share = found
@@ -51,7 +61,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
         gpus = workers * share.get("GPU", 0)
         insist(lambda: run.heartbeat(attempt=job.attempt, workers=workers, gpus=gpus))  # noqa: B023 - called at once
         try:
-            result, growth = _attempt(job, run, workers, share, scale, growth, stop, poll)
+            fit = partial(crew.fit if crew else trainer.fit, job, workers, share)
+            result, growth = _attempt(fit, job, run, workers, share, scale, growth, stop, poll)
         except OutOfMemoryError as error:
             if error.micro <= 1:
                 raise
@@ -69,6 +80,8 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
                 return replace(result, stopped=result.stopped and (reason or result.stopped))
             why = reason
             grown_from = workers if reason == GROW else 0
+            if crew:
+                crew.leave()
         insist(stop.forget_moves)
         newest = insist(lambda: newest_step(run.uri))
         job = replace(job, attempt=job.attempt + 1)
@@ -76,6 +89,7 @@ def train_to_the_end(job: TrainJob, run: Run, stop: StopChannel, say: Say, poll:
 
 
 def _attempt(
+    fit: Callable[[], TrainResult],
     job: TrainJob,
     run: Run,
     workers: int,
@@ -91,15 +105,15 @@ def _attempt(
     """
     future: Future[TrainResult] = Future()
 
-    def fit() -> None:
+    def work() -> None:
         try:
-            future.set_result(trainer.fit(job, workers, share))
+            future.set_result(fit())
         except BaseException as error:
             future.set_exception(error)
 
     look_at = time.monotonic() + LOOK_AT_CLUSTER_EVERY_S
     places: list[str] = []
-    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    threading.Thread(target=work, name="ray-train", daemon=True).start()
     while not future.done():
         wait([future], timeout=0.5)
         stop.deliver()

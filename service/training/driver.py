@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -28,8 +28,9 @@ from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
 from service.domain import DEFAULT_PROJECT, Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
-from service.runs import Run, list_runs
+from service.runs import DRIVER_KILLED, Run, list_runs
 from service.settings import Settings
+from service.status import beating
 from service.training.attempts import train_to_the_end
 from service.training.exported import Exported
 from service.training.loop import Metrics, TrainJob, TrainResult
@@ -38,8 +39,8 @@ from service.training.plan import Digests, RunPlan, make_run_plan
 from service.training.progress import ProgressView
 from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
+from service.training.trainer import Crew, SharedCrew
 
-HEARTBEAT_EVERY_S = 10.0
 LOOK_EVERY_S = 1.0
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
@@ -53,10 +54,14 @@ def train_run(
     run_id: str | None = None,
     profile: bool = False,
     asked_at: float = 0.0,
+    sharing: int = 1,
+    crew: Crew | SharedCrew | None = None,
 ) -> Run:
     """Train `resolved` to its end, or go on with `resume`; the finished or stopped run. Raises what ended it.
 
-    `profile` leaves a trace of a few steps in the run. `asked_at` (seconds since the epoch) is where start-up is counted from.
+    `profile` leaves a trace of a few steps in the run. `asked_at` (seconds since the epoch) is where start-up is counted
+    from. `sharing` is the number of runs like this one that are to have room on the cluster at once. A `crew` keeps its workers
+    for the next run.
     """
     line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -68,8 +73,9 @@ def train_run(
     with driven(run):
         console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
         _warn_of_short_notice(console)
-        job = dataclasses.replace(_job(resolved, settings, run, attempt, plan), profile=profile, asked_at=asked_at)
-        _train_and_finish(job, run, resolved, settings, plan, console)
+        job = _job(resolved, settings, run, attempt, plan)
+        job = dataclasses.replace(job, profile=profile, asked_at=asked_at, sharing=sharing)
+        _train_and_finish(job, run, resolved, settings, plan, console, crew)
     return run
 
 
@@ -77,7 +83,7 @@ def train_run(
 def driven(run: Run) -> Iterator[None]:
     """What a driver does for a run that it has begun: a heartbeat, and what ends it early becomes its last status."""
     try:
-        with _heartbeat(run):
+        with beating(run.heartbeat):
             yield
     except BaseException as error:
         _mark_failed(run, error)
@@ -90,7 +96,7 @@ def driven(run: Run) -> Iterator[None]:
 def _mark_failed(run: Run, error: BaseException) -> None:
     """The run's last status; where even that cannot be written, the error says so and the run will read as lost."""
     try:
-        run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}")
+        run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}", error=type(error).__name__)
     except ConflictError:
         pass  # it had already ended, and only what came after has failed
     except StorageError as another:
@@ -98,9 +104,15 @@ def _mark_failed(run: Run, error: BaseException) -> None:
 
 
 def _train_and_finish(
-    job: TrainJob, run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, console: Console
+    job: TrainJob,
+    run: Run,
+    resolved: ResolvedRun,
+    settings: Settings,
+    plan: RunPlan,
+    console: Console,
+    crew: Crew | SharedCrew | None,
 ) -> None:
-    result = _train(job, run, plan, console)
+    result = _train(job, run, plan, console, crew)
     if result.stopped is None:
         _finish(run, resolved, settings, plan, result, console)
         return
@@ -133,12 +145,12 @@ def reopen(home: str, id_or_latest: str) -> Run:
     if status.state is RunState.SUCCEEDED:
         raise ConflictError(f"run {run.id} has succeeded: there is nothing to resume. Start a new run.")
     if status.state in (RunState.RUNNING, RunState.LOST):
-        life = _life(status.details)
-        if life == "alive" or (life == "unknown" and status.state is RunState.RUNNING):
+        seen = life(status.details)
+        if seen == "alive" or (seen == "unknown" and status.state is RunState.RUNNING):
             raise ConflictError(
                 f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
             )
-        run.set_state(RunState.FAILED, "its driver was killed")
+        run.set_state(RunState.FAILED, "its driver was killed", error=DRIVER_KILLED)
     return run
 
 
@@ -154,7 +166,7 @@ def reopen_if_begun(home: str, run_id: str) -> Run | None:
         return None
     first = status = run.status()
     while status.state is RunState.RUNNING and status.updated_at == first.updated_at:
-        if _life(status.details) != "unknown":
+        if life(status.details) != "unknown":
             break
         time.sleep(LOOK_EVERY_S)
         status = run.status()
@@ -182,8 +194,7 @@ def _begin(run: Run, plan: RunPlan) -> int:
 def begin(run: Run, **details: Any) -> int:
     """Mark a run as running in this process; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
-    here: dict[str, Any] = {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
-    run.set_state(RunState.RUNNING, attempt=attempt, **here, **details)
+    run.set_state(RunState.RUNNING, attempt=attempt, **this_process(), **details)
     run.clear_stop()
     return attempt
 
@@ -217,12 +228,12 @@ def _source(name: str, plan: RunPlan) -> str:
     return str(plan.base.path) if Path(name).expanduser().is_dir() else name
 
 
-def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainResult:
+def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console, crew: Crew | SharedCrew | None) -> TrainResult:
     launcher.connect()
     stop = StopChannel(run)
     exported = Exported(run, _project(RunConfig.model_validate(job.config)), plan.num_steps)
     with stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
-        result = train_to_the_end(job, run, stop, view.say, lambda: exported.take(view.poll()))
+        result = train_to_the_end(job, run, stop, view.say, lambda: exported.take(view.poll()), crew)
     stop.deliver()  # a signal too late for this run is one for the run that it is a part of
     return result
 
@@ -230,26 +241,6 @@ def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console) -> TrainRes
 def _project(config: RunConfig) -> str:
     """Whose run it is: the project of the model that it publishes."""
     return ModelRef.parse(config.publish.name).project if config.publish else DEFAULT_PROJECT
-
-
-@contextmanager
-def _heartbeat(run: Run) -> Iterator[None]:
-    """Tell the world, from a thread of its own, that this driver lives. Storage that hiccups, or a mount that is away for a
-    moment, is asked again."""
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_EVERY_S):
-            with suppress(LorayError):
-                run.heartbeat()
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def _warn_of_short_notice(console: Console) -> None:
@@ -265,7 +256,13 @@ def _warn_of_short_notice(console: Console) -> None:
 
 @contextmanager
 def stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting."""
+    """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting.
+
+    Only the main thread may listen to signals: a sweep, which trains in another, has listeners of its own.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.asked:
@@ -353,7 +350,12 @@ def publish_model(
         return registry.publish(family, Path(directory), draft)
 
 
-def _life(driver: dict[str, Any]) -> str:
+def this_process() -> dict[str, Any]:
+    """What `life` tells this process by."""
+    return {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
+
+
+def life(driver: dict[str, Any]) -> str:
     """`alive` or `dead` for a driver on this host; on another host, `unknown`."""
     pid = driver.get("pid")
     if driver.get("host") != socket.gethostname() or not isinstance(pid, int):

@@ -17,6 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from service.training.patience import Patience
 from service.training.profiling import profiler
 from service.training.ranklog import RankLog
 from service.training.strategy import World
+from service.training.together import Together
 from service.training.watch import Watch
 
 AGREE_EVERY_S = 10.0  # inside a step longer than twice this, the workers agree so often on whether to stop
@@ -68,6 +70,7 @@ class TrainJob:
     micro: int | None = None  # instead of memory.micro, after that did not fit
     profile: bool = False  # leave a torch profiler trace in the run
     asked_at: float = 0.0  # when the user asked, in seconds since the epoch: start-up is counted from here
+    sharing: int = 1  # runs like this one that are to have room on the cluster at once
 
     @property
     def identity(self) -> Identity:
@@ -88,10 +91,16 @@ class TrainResult:
     seconds: float = 0.0
 
 
-def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None = None) -> TrainResult:
+def train(
+    job: TrainJob,
+    world: World,
+    report: Callable[[Metrics], None] | None = None,
+    together: Together | None = None,
+) -> TrainResult:
     """Train one run to its end, or until it is asked to stop. Every worker calls it with the same job.
 
-    `report` is called on every worker with the same metrics after each step. Raises TrainingError, ModelError, GateError,
+    `report` is called on every worker with the same metrics after each step. `together`: what this run shares with others that
+    train in other threads of this process. Raises TrainingError, ModelError, GateError,
     OutOfMemoryError where the micro-batch does not fit, StorageError where storage stayed away too long.
     """
     started = time.monotonic()
@@ -100,7 +109,7 @@ def train(job: TrainJob, world: World, report: Callable[[Metrics], None] | None 
     log = RankLog(run, world.rank, job.attempt)
     closing: list[Callable[[], None]] = [log.close]
     try:
-        session = _Session(job, config, world, run, log, closing)
+        session = _Session(job, config, world, run, log, closing, together)
         result = session.train_steps(report)
         if result.stopped is None:
             result = replace(result, gate=session.save_and_check())
@@ -148,8 +157,10 @@ class _Session:
         run: Run,
         log: RankLog,
         closing: list[Callable[[], None]],
+        together: Together | None,
     ) -> None:
         self.job, self.config, self.world, self.run, self.log = job, config, world, run, log
+        self.turn: Callable[[], AbstractContextManager[None]] = together.turn if together else nullcontext
         writer = f"a{job.attempt}-r{world.rank}"
         self.metrics, self.ledger, self.events = (
             LogWriter(run.path(name), writer, flush_every_s=math.inf) for name in ("metrics", "ledger", "events")
@@ -170,8 +181,9 @@ class _Session:
         micro = job.micro or self._micro(packed=True)
         self.batches = Batches(config, world, np.argsort(-self.rows.lengths, kind="stable"), micro)
         self.watch.moved("loading the model")
-        with strategy.loading(config):
-            self.model = methods.load_model(base.path, config, world.device, cache, job.home)
+        with self.turn(), strategy.loading(config):
+            shared = together.base(base.path, config, world.device) if together else None
+            self.model = methods.load_model(base.path, config, world.device, cache, job.home, shared)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.loaded = time.time()
         self.objective = SupervisedLoss(self.model)
@@ -182,7 +194,8 @@ class _Session:
         self.step_seconds = 0.0  # of the last step, the first worker's: the same figure on all
 
     def train_steps(self, report: Callable[[Metrics], None] | None) -> TrainResult:
-        step = self._start()
+        with self.turn():
+            step = self._start()
         last = self._metrics_of(step)
         stopped: str | None = None
         with (
@@ -192,14 +205,14 @@ class _Session:
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
-                with start_checks.out_of_memory_as_ours(
-                    self.batches.micro, self.world
-                ):  # moments are made in an update
-                    metrics, stop = self._step(step)
-                profile.step()
-                if metrics is not None:  # else it was not made
-                    step, last = step + 1, metrics
-                    self._after_step(step, last, report)
+                with self.turn():
+                    # Around the whole of it, because moments are made in an update.
+                    with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
+                        metrics, stop = self._step(step)
+                    profile.step()
+                    if metrics is not None:  # else it was not made
+                        step, last = step + 1, metrics
+                        self._after_step(step, last, report)
                 if stop or self.keeper.due(step, self.plan.num_steps):
                     self.watch.moved(f"checkpoint of step {step}")
                     self.keeper.take(step)
@@ -298,11 +311,13 @@ class _Session:
         self.ledger.append({"step": step + 1, "ids": drawn})
         seconds = time.monotonic() - started
         self.step_seconds = self.world.from_first(int(1000 * seconds)) / 1000
+        tokens = int(self.rows.lengths[rows].sum())
         metrics = {
             "train/loss": sums.loss,
             "train/grad_norm": update.grad_norm,
+            "train/tokens": float(tokens),
             "train/supervised_tokens": float(supervised),
-            "train/tokens_per_s": int(self.rows.lengths[rows].sum()) / seconds,
+            "train/tokens_per_s": tokens / seconds,
             "train/data_wait_share": self.loader.waited_s / seconds,
             "optim/lr": rate,
             "train/epoch": self.plan.epochs(step + 1),
@@ -380,7 +395,8 @@ class _Session:
     def save_and_check(self) -> GateReport | None:
         """Save the model, free the memory, and have a fresh process reproduce the probe; on the first worker only."""
         self.watch.moved("saving the model")
-        probe = handover.make_probe(self.objective, self.batches, self.rows)
+        with self.turn():
+            probe = handover.make_probe(self.objective, self.batches, self.rows)
         weights = ((name, tensors["weight"]) for name, tensors in self.strategy.state())
         with tempfile.TemporaryDirectory(prefix="loray-model-") as aside:
             directory = Path(aside) / "model"

@@ -49,19 +49,25 @@ class Cluster:
         return sum(node.get(kind, 0.0) for node in self.free)
 
 
-def share_of(cluster: Cluster, scale: ScaleBlock) -> Resources:
+def share_of(cluster: Cluster, scale: ScaleBlock, runs: int = 1) -> Resources:
     """What one worker asks for: a GPU where the cluster has any, else an equal share of the CPUs, of the free ones if need be.
 
-    No share is larger than the smallest node's, or it could never be placed there.
+    `runs` of this scale are to fit at once. No share is larger than the smallest node's, or it could never be placed there.
     """
     if cluster.total("GPU"):
         return {"CPU": 1, "GPU": 1}
     smallest = min((int(node["CPU"]) for node in cluster.nodes if node.get("CPU")), default=1)
-    for cpus in (cluster.total("CPU"), cluster.total_free("CPU")):
-        share: Resources = {"CPU": max(1, min(int(cpus // scale.max_workers), smallest))}
+    for cpus in (cluster.total("CPU"), runs * cluster.total_free("CPU")):
+        share: Resources = {"CPU": max(1, min(int(cpus // (runs * scale.max_workers)), smallest))}
         if room_for(cluster, share) >= scale.min_workers:
             break
     return share
+
+
+def runs_that_fit(cluster: Cluster, scale: ScaleBlock) -> int:
+    """How many runs of this scale the empty cluster can hold at once, on a GPU or a CPU a worker at least."""
+    least: Resources = {"CPU": 1, "GPU": 1} if cluster.total("GPU") else {"CPU": 1}
+    return room_for(Cluster(cluster.nodes, cluster.nodes), least) // scale.max_workers
 
 
 def room_for(cluster: Cluster, share: Resources) -> int:
@@ -96,7 +102,7 @@ class Growth:
 
 
 def await_workers(
-    scale: ScaleBlock, say: Callable[[str], None], stop: Callable[[], bool]
+    scale: ScaleBlock, say: Callable[[str], None], stop: Callable[[], bool], runs: int = 1
 ) -> tuple[int, Resources] | None:
     """The number of workers to start now and what each gets; None once `stop`. Waits `scale.wait_s` at most; an autoscaler is
     asked.
@@ -109,7 +115,7 @@ def await_workers(
     try:
         while True:
             cluster = Cluster.current()
-            share = share_of(cluster, scale)
+            share = share_of(cluster, scale, runs)
             room = room_for(cluster, share)
             if room >= scale.min_workers:
                 return min(room, scale.max_workers), share

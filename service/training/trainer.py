@@ -3,41 +3,195 @@
 Ray places the workers, makes the process group and carries metrics; checkpoints are the loop's own. Ray retries nothing
 here, and its own limit is finite, because without one a run whose resources never come would wait for ever. Each attempt
 has a Ray run name of its own, because Ray would silently resume its own snapshot under an old one.
+
+Three roads: `fit` starts workers for one run; a `Crew` keeps them for the next, which is how the trials of a sweep follow
+one another without starting processes; a `SharedCrew` has one worker for several runs at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import itertools
 import os
+import pickle
 import socket
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from service import launcher
-from service.config import RunConfig
+from service.config import RunConfig, ScaleBlock
 from service.data import shards
 from service.errors import ClusterError, LorayError, OutOfMemoryError, TrainingError, WorkerLostError
 from service.training import placement
 from service.training.batches import micro_sequences
+from service.training.desk import Desk
 from service.training.loop import Metrics, TrainJob, TrainResult, train
+from service.training.placement import Resources
 from service.training.strategy import World, is_lost_peer
+from service.training.together import Together
+
+LEAVES_WITHIN_S = 60.0
 
 
-def fit(job: TrainJob, workers: int, resources: dict[str, float]) -> TrainResult:
-    """Run the loop on `workers` Ray Train workers of so many `resources` each.
+def fit(job: TrainJob, workers: int, resources: Resources) -> TrainResult:
+    """Run the loop on `workers` Ray Train workers of so many `resources` each, which leave when it has ended.
 
     Raises the loop's own error, OutOfMemoryError also where Ray killed a worker because its node ran out of memory,
     WorkerLostError when a worker was killed otherwise, ClusterError when Ray could not start them.
     """
     launcher.connect()
+    with _errors_as_ours(job, workers, resources):
+        result: TrainResult = _fit(_one, dataclasses.asdict(job), job, workers, resources)
+    return result
+
+
+class Crew:
+    """Workers that stay when a run has ended well: the next one begins without starting processes and importing anew.
+
+    One run at a time. A run that fails ends its crew, because its workers may be waiting for one another; the next run has
+    another crew. `leave` when no run will come any more.
+    """
+
+    def __init__(self) -> None:
+        self._group: _Group | None = None
+
+    def ready_for(self, scale: ScaleBlock) -> tuple[int, Resources] | None:
+        """The workers that stand by and what each has, where this run would take just as many; others leave to make room.
+
+        DeepSpeed, which has state in each process, gets processes of its own.
+        """
+        if self._group and (self._group.standing[0] != scale.max_workers or scale.strategy != "ddp"):
+            self.leave()
+        return self._group.standing if self._group else None
+
+    def fit(self, job: TrainJob, workers: int, resources: Resources) -> TrainResult:
+        """As the function `fit`, by the workers that stand by, else by new ones, which then stay."""
+        if RunConfig.model_validate(job.config).scale.strategy != "ddp":
+            return fit(job, workers, resources)
+        launcher.connect()
+        group = self._group or _Group(_one_after_another, job, workers, resources)
+        self._group = None  # unless it ends well
+        with _errors_as_ours(job, workers, resources):
+            result: TrainResult = group.do(job)
+        self._group = group
+        return result
+
+    def leave(self) -> None:
+        """Send the workers away and wait until they have gone."""
+        group, self._group = self._group, None
+        if group:
+            group.leave()
+
+
+class SharedCrew:
+    """One worker in which several runs train at once on one copy of their frozen base (`together.py`).
+
+    May be used by several threads. A run that fails leaves the others alone; the worker's death is one to each of them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._group: _Group | None = None
+
+    def ready_for(self, scale: ScaleBlock) -> tuple[int, Resources] | None:
+        """The worker, where it lives."""
+        with self._lock:
+            return self._group.standing if self._group and not self._group.over else None
+
+    def fit(self, job: TrainJob, workers: int, resources: Resources) -> TrainResult:
+        """As the function `fit`, beside the runs that this crew has already."""
+        launcher.connect()
+        with self._lock:
+            if self._group is None or self._group.over:
+                self._group = _Group(_all_at_once, job, workers, resources)
+            group = self._group
+        with _errors_as_ours(job, workers, resources):
+            answer = group.do(job)
+        if isinstance(answer, LorayError):
+            raise answer
+        result: TrainResult = answer
+        return result
+
+    def leave(self) -> None:
+        """Send the worker away when the runs that it has are over; the next run gets another."""
+        with self._lock:
+            group, self._group = self._group, None
+        if group:
+            group.leave()
+
+
+class _Group:
+    """Workers that take their runs from a desk."""
+
+    def __init__(
+        self, work: Callable[[dict[str, Any]], Any], first: TrainJob, workers: int, resources: Resources
+    ) -> None:
+        import ray
+
+        self.standing = workers, resources
+        self._turns = itertools.count(1)
+        self._desk: Any = ray.remote(Desk).options(num_cpus=0).remote()
+        self._fit = _in_thread(lambda: _fit(work, {"desk": self._desk}, first, workers, resources))
+
+    @property
+    def over(self) -> bool:
+        """Whether its workers have gone."""
+        return self._fit.done()
+
+    def do(self, job: TrainJob) -> Any:
+        """What the workers make of this job. Raises what Ray Train says where they end before."""
+        import ray
+        from ray.exceptions import RayActorError
+
+        turn = next(self._turns)
+        self._desk.give.remote(turn, pickle.dumps(job))
+        answer = self._desk.result.remote(turn)
+        try:
+            while not ray.wait([answer], timeout=0.5)[0]:
+                if self.over:
+                    self._fit.result()
+                    raise WorkerLostError(f"the workers of {job.run_id} left before its end.")
+            return pickle.loads(ray.get(answer))  # noqa: S301 - our own worker's
+        except RayActorError as error:
+            wait([self._fit])  # they end the run, and find nobody to tell
+            raise WorkerLostError(f"the process that gives workers their runs was killed: {error}") from error
+
+    def leave(self) -> None:
+        """Send them away when they have done what they have, and wait until they have gone."""
+        self._desk.give.remote(next(self._turns), None)
+        wait([self._fit], timeout=LEAVES_WITHIN_S)
+
+
+def _in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """A daemon thread, as `attempts.py` has one: whoever gives up waiting leaves it behind."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="ray-train-crew", daemon=True).start()
+    return future
+
+
+def _fit(
+    work: Callable[[dict[str, Any]], Any], config: dict[str, Any], job: TrainJob, workers: int, resources: Resources
+) -> Any:
+    """What the first worker's `work` returns. `job` lends its names only."""
     import ray.train
     from ray.train.torch import TorchTrainer
 
     trainer = TorchTrainer(
-        _work,
-        train_loop_config=dataclasses.asdict(job),
+        work,
+        train_loop_config=config,
         scaling_config=ray.train.ScalingConfig(
             num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
         ),
@@ -50,8 +204,15 @@ def fit(job: TrainJob, workers: int, resources: dict[str, float]) -> TrainResult
             ),
         ),
     )
+    return trainer.fit().return_value
+
+
+@contextmanager
+def _errors_as_ours(job: TrainJob, workers: int, resources: Resources) -> Iterator[None]:
+    import ray.train
+
     try:
-        result: TrainResult = trainer.fit().return_value
+        yield
     except ray.train.WorkerGroupError as error:
         micro = partial(_micro, job, workers, gpu="GPU" in resources)
         raise cause_of(error.worker_failures, job.run_id, micro) from error
@@ -61,26 +222,82 @@ def fit(job: TrainJob, workers: int, resources: dict[str, float]) -> TrainResult
         raise WorkerLostError(f"Ray Train could not start or keep {workers} worker(s): {error}") from error
     except ray.train.TrainingFailedError as error:
         raise ClusterError(f"Ray Train failed: {error}") from error
-    return result
 
 
-def _work(config: dict[str, Any]) -> TrainResult:
-    """One worker's life. Ray has made the process group before this is called."""
+def _one(config: dict[str, Any]) -> TrainResult:
+    """The life of a worker that trains one run."""
+    return _run(TrainJob(**config), _world())
+
+
+def _one_after_another(config: dict[str, Any]) -> None:
+    """The life of a worker that stays."""
     import ray
-    import ray.train
+
+    world, desk = _world(), config["desk"]
+    for turn, job in _jobs(desk):
+        result = _run(job, world)
+        if world.rank == 0:
+            ray.get(desk.hand_in.remote(turn, pickle.dumps(result)))
+        gc.collect()  # the model goes before the next one is loaded
+
+
+def _all_at_once(config: dict[str, Any]) -> None:
+    """The life of a worker that has several runs, each in a thread."""
+    world, desk, together = _world(), config["desk"], Together()
+    guests = []
+    for turn, job in _jobs(desk):
+        guest = threading.Thread(target=_guest, args=(desk, turn, job, world, together), name=job.run_id)
+        guest.start()
+        guests.append(guest)
+    for guest in guests:
+        guest.join()
+
+
+def _guest(desk: Any, turn: int, job: TrainJob, world: World, together: Together) -> None:
+    import ray
+
+    answer: TrainResult | LorayError
+    try:
+        answer = train(job, world, None, together)
+    except LorayError as error:
+        answer = error
+    except Exception as error:
+        answer = TrainingError(f"worker 0 failed: {type(error).__name__}: {error}")
+    ray.get(desk.hand_in.remote(turn, pickle.dumps(answer)))
+
+
+def _jobs(desk: Any) -> Iterator[tuple[int, TrainJob]]:
+    import ray
+
+    for turn in itertools.count(1):
+        given = ray.get(desk.job.remote(turn))
+        if given is None:
+            return
+        yield turn, pickle.loads(given)  # noqa: S301 - our own driver's
+
+
+def _world() -> World:
+    """Ray has made the process group before."""
+    import ray
     import torch
 
-    job = TrainJob(**config)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    return World.current(placement.place_of(socket.gethostname(), ray.get_runtime_context().get_node_id()))
+
+
+def _run(job: TrainJob, world: World) -> TrainResult:
+    import ray.train
+    import torch
 
     def report(metrics: Metrics) -> None:
         # A barrier over all workers that was seen to take 1 to 2 s: not for every step. The run's own log has them all.
         if "eval/loss" in metrics:
             ray.train.report(metrics)
 
-    place = placement.place_of(socket.gethostname(), ray.get_runtime_context().get_node_id())
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     try:
-        return train(job, World.current(place), report)
+        return train(job, world, report)
     except RuntimeError as error:
         if is_lost_peer(error):
             raise WorkerLostError(

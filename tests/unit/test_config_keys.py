@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from service import config_blocks
 from service.config import RunConfig, ServeConfig, dotted_names
 from service.config_problems import blocks_of
+from service.sweep_config import SweepConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = Path(config_blocks.__file__)
@@ -105,7 +106,9 @@ def _read(model: type[BaseModel], *packages: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("model", "packages"), [(RunConfig, ("service", "jobs")), (ServeConfig, ("service", "serve"))], ids=["run", "serve"]
+    ("model", "packages"),
+    [(RunConfig, ("service", "jobs")), (ServeConfig, ("service", "serve")), (SweepConfig, ("tune",))],
+    ids=["run", "serve", "sweep"],
 )
 def test_no_key_is_read_by_nothing(model: type[BaseModel], packages: tuple[str, ...]) -> None:
     read = _read(model, *packages)

@@ -50,7 +50,8 @@ def test_the_nouns_and_errors_stand_on_the_standard_library() -> None:
 
 def test_storage_and_registry_know_nothing_of_what_stands_on_them() -> None:
     low = [
-        ROOT / "service" / f"{name}.py" for name in ("settings", "storage", "s3", "logs", "registry", "runs", "config")
+        ROOT / "service" / f"{name}.py"
+        for name in ("settings", "storage", "s3", "logs", "registry", "runs", "status", "config", "sweep_config")
     ]
     above = [f"service.{name}" for name in ("training", "inference", "data", "evaluation", "cli", "launcher", "render")]
     assert _offenders(low, *above, "torch", "transformers", "ray", "peft") == []
@@ -79,16 +80,27 @@ def test_only_entrypoints_reach_up_to_the_jobs_and_the_command_line() -> None:
     ("library", "owner"),
     [
         ("ray.train", "service/training/trainer.py"),
+        ("ray.tune", "tune/tuner.py"),
         ("ray.data", "service/data/workers.py"),
         ("ray.serve", "serve/"),
         ("vllm", "serve/vllm_engine.py"),
         ("kubernetes", "service/kuberay/api.py"),
     ],
-    ids=["train", "data", "serve", "vllm", "kubernetes"],
+    ids=["train", "tune", "data", "serve", "vllm", "kubernetes"],
 )
 def test_each_of_these_libraries_has_one_owner(library: str, owner: str) -> None:
     users = {str(file.relative_to(ROOT)) for file in _files(*OURS) if any(_within(m, library) for m in _imports(file))}
     assert users and all(user.startswith(owner) for user in users)
+
+
+def test_training_knows_nothing_of_sweeps_and_sweeps_nothing_of_serving() -> None:
+    library = [file for file in _files("service") if (ROOT / "service" / "cli") not in file.parents]
+    assert _offenders(library, "tune") == []
+    assert _offenders(_files("tune"), *HTTP, "jobs", "service.cli") == []
+
+
+def test_of_a_sweep_only_its_tuner_knows_ray() -> None:
+    assert _offenders([file for file in _files("tune") if file.name != "tuner.py"], "ray") == []
 
 
 def test_the_training_loop_is_plain_pytorch() -> None:
@@ -117,7 +129,7 @@ def test_the_command_line_starts_without_torch_ray_and_transformers() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["service.training.driver", "jobs.train", "jobs.demo", "jobs.doctor", "jobs.prepare"]
+    "module", ["service.training.driver", "jobs.train", "jobs.demo", "jobs.doctor", "jobs.prepare", "tune.sweep"]
 )
 def test_ray_is_loaded_after_its_authentication_is_set(module: str) -> None:
     """Ray reads the mode when it is imported, and what starts a run sets it first: `launcher.use_token_authentication`."""

@@ -12,7 +12,8 @@ from jobs import train
 from service import storage
 from service.domain import RunState
 from service.errors import ConflictError
-from service.runs import LOST_AFTER_S, Run
+from service.runs import Run
+from service.status import LOST_AFTER_S
 from service.training import driver
 from tests.unit.run_files import SMALL
 

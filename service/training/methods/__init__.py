@@ -22,14 +22,16 @@ from service.training.methods.initial import load_initial_adapter
 from service.training.methods.loading import STORAGE, load_base, meta_base
 
 
-def load_model(path: Path, config: RunConfig, device: torch.device, cache: Path, home: str) -> torch.nn.Module:
-    """The base in `path` with the run's method applied, on `device`, in training mode.
+def load_model(
+    path: Path, config: RunConfig, device: torch.device, cache: Path, home: str, base: Any = None
+) -> torch.nn.Module:
+    """The base in `path` with the run's method applied, on `device`, in training mode. `base`: the same, loaded already.
 
     `cache` and `home` are where `method.init_from` is looked up. Under ZeRO-3 call it inside `strategy.loading`. Raises
     ModelError where the weights are not exactly the architecture's, or the method or the first adapter does not fit; ConfigError
     for what this base or this machine cannot do.
     """
-    model = _apply(load_base(path, config, device), config)
+    model = _apply(load_base(path, config, device) if base is None else base, config)
     if isinstance(config.method, LoraBlock) and config.method.init_from:
         load_initial_adapter(model, config.method.init_from, path, cache=cache, home=home)
     return ready_to_train(model, config)

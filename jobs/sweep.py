@@ -1,0 +1,64 @@
+"""Run one sweep from beginning to end.
+
+    python -m jobs.sweep sweep.yaml [--set search.trials=4 ...]
+    python -m jobs.sweep --resume SWEEP [--set search.budget.tokens=1000000 ...]
+
+What a bare `ray job submit` runs. Exits with 0 when the sweep ended or was stopped as asked, 1 when it failed, 2 when its
+input was wrong: then there is no sweep. The work is `tune/sweep.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from service.errors import LorayError
+from service.settings import load_settings
+
+
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line above; exits with 2 when it is neither of the two."""
+    parser = argparse.ArgumentParser(prog="python -m jobs.sweep", description="Run one sweep.")
+    parser.add_argument("sweep_file", nargs="?", help="a YAML sweep file, or a run file with ranges in it")
+    parser.add_argument("--resume", metavar="SWEEP", help="go on with a sweep: its id, or latest")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
+    given = parser.parse_args(arguments)
+    if (given.sweep_file is None) == (given.resume is None):
+        parser.error("give a sweep file, or --resume SWEEP")
+    return given
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run as the command line says; the exit code. The last line printed is the reason of a failure."""
+    given = parsed(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        run(given.sweep_file, given.resume, given.set, console)
+    except LorayError as error:
+        line = "\n".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"])
+        console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
+        return 2 if isinstance(error, ValueError | LookupError) else 1
+    return 0
+
+
+def run(sweep_file: str | None, resume: str | None, overrides: Sequence[str], console: Console) -> None:
+    """Begin a sweep, or go on with one, and wait for its end."""
+    from tune.sweep_file import load_sweep
+
+    settings = load_settings()
+    if sweep_file is not None:
+        resolved, sweep = load_sweep(sweep_file, overrides), None
+        from tune.sweep import run_sweep
+    else:
+        from tune.sweep import reopen, run_sweep
+
+        assert resume is not None, "one of the two is given"
+        sweep, resolved = reopen(settings.home, resume, overrides)
+    run_sweep(resolved, settings, console, resume=sweep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The status of what a driver works on, a run or a sweep: one JSON file with one writer, read by everybody.
+
+A `running` whose heartbeat is older than 60 s reads as `lost`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from service import storage
+from service.domain import RunState
+from service.errors import ConflictError, LorayError, NotFoundError, StorageError
+
+LOST_AFTER_S = 60.0
+HEARTBEAT_EVERY_S = 10.0
+_ATTEMPTS = 100
+_ENDS = {RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED}
+_NEXT: dict[RunState, set[RunState]] = {
+    RunState.CREATED: {RunState.RUNNING, RunState.FAILED, RunState.STOPPED},
+    RunState.RUNNING: _ENDS,
+    RunState.LOST: {RunState.RUNNING, *_ENDS},  # resumed, or its driver was only paused
+    RunState.FAILED: {RunState.RUNNING},
+    RunState.STOPPED: {RunState.RUNNING},
+    RunState.SUCCEEDED: set(),
+}
+
+
+class RunStatus(BaseModel):
+    """What status.json says. Times are ISO 8601, UTC. `details` holds whatever else the driver wants shown."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: RunState
+    created_at: str
+    updated_at: str
+    message: str = ""
+    step: int | None = None
+    details: dict[str, Any] = {}
+
+
+def next_state_allowed(current: RunState, wanted: RunState) -> bool:
+    """`created -> running -> succeeded | failed | stopped`; all but succeeded may run again."""
+    return wanted in _NEXT[current]
+
+
+class StatusFile:
+    """The file at `uri`, of `what`, which is there as soon as `made` is: its creator may be killed between the two."""
+
+    def __init__(self, uri: str, what: str, made: str) -> None:
+        self._uri, self._what, self._made = uri, what, made
+
+    def create(self) -> None:
+        """The first status, `created`."""
+        storage.write_bytes(self._uri, _first().model_dump_json().encode())
+
+    def read(self, now: datetime | None = None) -> RunStatus:
+        """The state as of `now`."""
+        return _seen_at(self._read()[0], now or datetime.now(UTC))
+
+    def set_state(self, state: RunState, message: str = "", **fields: Any) -> RunStatus:
+        """Moves to `state`, or ConflictError. `step` is a field of the status, all others join its `details`."""
+
+        def move(now: RunStatus) -> RunStatus:
+            seen = _seen_at(now, datetime.now(UTC))
+            if not next_state_allowed(seen.state, state):
+                wanted = ", ".join(sorted(_NEXT[seen.state])) or "nothing: start a new one"
+                raise ConflictError(
+                    f"{self._what} is {seen.state} (updated {seen.updated_at}) and cannot become {state}. "
+                    f"Possible from here: {wanted}."
+                )
+            return _updated(now, {**fields, "state": state, "message": message})
+
+        return self._change(move)
+
+    def heartbeat(self, **fields: Any) -> None:
+        """The driver lives. Does nothing after the end."""
+        self._change(lambda now: now if now.state in _ENDS else _updated(now, fields))
+
+    def _read(self) -> tuple[RunStatus, str | None]:
+        try:
+            text, tag = storage.read_tagged(self._uri)
+        except NotFoundError:
+            if not storage.exists(self._made):
+                raise
+            return _first(), None
+        try:
+            return RunStatus.model_validate_json(text), tag
+        except ValidationError as error:
+            raise StorageError(f"{self._uri} is no run status: {error}. Restore or delete it.") from error
+
+    def _change(self, change: Callable[[RunStatus], RunStatus]) -> RunStatus:
+        # The driver is the single writer, but its heartbeat may be a thread of its own.
+        for _ in range(_ATTEMPTS):
+            before, tag = self._read()
+            after = change(before)
+            try:
+                storage.compare_and_swap(self._uri, after.model_dump_json().encode(), tag)
+                return after
+            except ConflictError:
+                continue
+        raise ConflictError(f"{self._uri} kept changing. Make sure that only one driver works on {self._what}.")
+
+
+@contextmanager
+def beating(heartbeat: Callable[[], None]) -> Iterator[None]:
+    """Tell the world, from a thread of its own, that this driver lives. Storage that hiccups, or a mount that is away for a
+    moment, is asked again."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(HEARTBEAT_EVERY_S):
+            with suppress(LorayError):
+                heartbeat()
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _first() -> RunStatus:
+    now = datetime.now(UTC).isoformat()
+    return RunStatus(state=RunState.CREATED, created_at=now, updated_at=now)
+
+
+def _seen_at(status: RunStatus, now: datetime) -> RunStatus:
+    silent_s = (now - datetime.fromisoformat(status.updated_at)).total_seconds()
+    if status.state is not RunState.RUNNING or silent_s <= LOST_AFTER_S:
+        return status
+    message = f"no heartbeat for {silent_s:.0f} s: the driver died or is cut off. Resume it."
+    return status.model_copy(update={"state": RunState.LOST, "message": message})
+
+
+def _updated(status: RunStatus, fields: dict[str, Any]) -> RunStatus:
+    own = {name: value for name, value in fields.items() if name in ("state", "message", "step")}
+    rest = {name: value for name, value in fields.items() if name not in own}
+    update = {**own, "details": {**status.details, **rest}, "updated_at": datetime.now(UTC).isoformat()}
+    return status.model_copy(update=update)

@@ -1,0 +1,209 @@
+"""How trials stand, which is best, what mattered, what is shown: from runs' directories and from plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from service.config_blocks import RunConfig
+from service.domain import RunState
+from service.logs import LogWriter
+from service.runs import DRIVER_KILLED, Run, RunStatus
+from service.sweep_config import AshaBlock, Budget, NoStopBlock, PbtBlock, SearchBlock, SweepConfig
+from tune import leaderboard, plots
+from tune.directory import Sweep, TrialRecord, TrialRun
+from tune.sweep import over_budget, set_in_trials, trials_at_once
+from tune.sweep_file import ResolvedSweep
+from tune.table import best_so_far, news, seconds_left
+from tune.trials import EARLY, Trial, Trials, TrialState, trial_state
+
+pytest_plugins = ("tests.s3_endpoint",)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def trial(
+    number: int, values: list[float], state: TrialState = TrialState.FINISHED, changes: dict[str, Any] | None = None
+) -> Trial:
+    """A trial of ten steps with so many measurements, one a step."""
+    steps = tuple(range(1, len(values) + 1))
+    curve = tuple((step / 10, value) for step, value in zip(steps, values, strict=True))
+    return Trial(
+        number, changes or {}, state, "", f"run-{number}", len(values), 10, 100 * len(values), curve, steps, 1.0
+    )
+
+
+def status(state: RunState, message: str = "", **details: Any) -> RunStatus:
+    return RunStatus(state=state, created_at="", updated_at="", message=message, details=details)
+
+
+@pytest.mark.parametrize(
+    ("run", "state"),
+    [
+        (None, TrialState.WAITING),
+        (status(RunState.RUNNING), TrialState.RUNNING),
+        (status(RunState.LOST), TrialState.INTERRUPTED),
+        (status(RunState.SUCCEEDED), TrialState.FINISHED),
+        (status(RunState.STOPPED, f"{EARLY}not among the best"), TrialState.STOPPED),
+        (status(RunState.STOPPED, "SIGINT at the driver"), TrialState.INTERRUPTED),
+        (status(RunState.FAILED, "loss nan", error="TrainingError"), TrialState.FAILED),
+        (status(RunState.FAILED, "gone", error="WorkerLostError"), TrialState.INTERRUPTED),
+        (status(RunState.FAILED, "gone", error=DRIVER_KILLED), TrialState.INTERRUPTED),
+    ],
+)
+def test_only_what_a_trial_itself_came_to_is_its_end(run: RunStatus | None, state: TrialState) -> None:
+    assert trial_state("", run) is state
+    assert trial_state("ConfigError: no such thing", run) is TrialState.FAILED
+
+
+def test_a_trial_is_read_from_its_runs(home: str) -> None:
+    resolved = ResolvedSweep(SweepConfig(), {}, {"model": "base"}, "base: run.yaml\n")
+    sweep = Sweep.create(home, "tickets", resolved)
+    first, second = (Run.create(home, "trial-1", "", {}) for _ in range(2))
+    rows = {  # the second began at step 2 of another trial's run: those rows have no tokens of its own
+        first: [("a1-r0", {"step": 1, "eval/loss": 3.0, "train/tokens": 10.0})],
+        second: [
+            ("a0-r0", {"step": 2, "eval/loss": 2.5}),
+            ("a1-r0", {"step": 3, "eval/loss": 9.0, "train/tokens": 10.0}),
+            ("a2-r0", {"step": 3, "eval/loss": 2.0, "train/tokens": 10.0}),
+        ],
+    }
+    for run, written in rows.items():
+        for writer, row in written:
+            with LogWriter(run.path("metrics"), writer) as log:
+                log.append(row)
+    second.set_state(RunState.RUNNING, num_steps=4)
+    runs = tuple(TrialRun(run=run.id, draw={}) for run in (first, second))
+    sweep.write_record(TrialRecord(number=1, draw={}, runs=runs))
+    sweep.write_record(TrialRecord(number=2, draw={}))
+    found = Trials(Sweep.open(home, "latest"), sweep.resolved()).look()
+    assert [one.state for one in found] == [TrialState.RUNNING, TrialState.WAITING]
+    assert found[0].curve == ((0.5, 2.5), (0.75, 2.0))  # of two attempts at a step the later stands
+    assert (found[0].tokens, found[0].step, found[0].run) == (20, 3, second.id)
+
+
+def test_a_stop_keeps_its_first_reason_until_it_is_forgotten(home: str) -> None:
+    sweep = Sweep.create(home, "tickets", ResolvedSweep(SweepConfig(), {}, {"model": "base"}, ""))
+    assert sweep.stop_requested() is None
+    sweep.request_stop("the budget is spent")
+    sweep.request_stop("SIGINT")
+    assert sweep.stop_requested() == "the budget is spent"
+    sweep.clear_stop()
+    assert sweep.stop_requested() is None
+
+
+def test_only_a_finished_trial_is_the_best() -> None:
+    trials = [
+        trial(1, [3.0, 2.0]),
+        trial(2, [3.0, 2.5]),
+        trial(3, [1.0], TrialState.STOPPED),
+        trial(4, [], TrialState.FAILED),
+        trial(5, [4.0, 3.9, 3.8], TrialState.STOPPED),
+    ]
+    assert [one.number for one in leaderboard.ranked(trials, "min")] == [1, 2, 5, 3, 4]
+    first = leaderboard.best(trials, "max")
+    assert first and first.number == 2
+    assert leaderboard.best(trials[2:], "min") is None
+    assert "trial 3, eval/loss 1 at step 1" in best_so_far(trials, "eval/loss", "min")
+
+
+def test_trials_are_compared_as_far_as_all_of_them_got() -> None:
+    trials = [trial(1, [5.0, 1.0]), trial(2, [2.0], TrialState.STOPPED)]
+    share, values = leaderboard.comparable(trials)
+    assert (share, [value for _, value in values]) == (0.1, [5.0, 2.0])
+
+
+def test_what_mattered_is_found_also_where_the_best_is_in_the_middle() -> None:
+    rates, ranks = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1], [4, 8]
+    loss = {1e-5: 5.0, 1e-4: 3.0, 1e-3: 1.0, 1e-2: 2.9, 1e-1: 5.2}
+    pairs = [(rate, rank) for rate in rates for rank in ranks]
+    trials = [
+        trial(number, [loss[rate] + 0.01 * number % 3], changes={"optim.lr": rate, "method.r": rank, "seed": 0})
+        for number, (rate, rank) in enumerate(pairs)
+    ]
+    found = leaderboard.importance(trials)
+    assert set(found) == {"optim.lr", "method.r"}  # what never varied explains nothing
+    assert found["optim.lr"] > 0.7 and found["method.r"] < 0.1
+    assert leaderboard.importance(trials[:5]) == {}
+
+
+def test_words_are_compared_by_the_means_of_their_groups() -> None:
+    trials = [trial(n, [float(n % 2)], changes={"optim.schedule": ["cosine", "linear"][n % 2]}) for n in range(10)]
+    assert leaderboard.importance(trials) == {"optim.schedule": pytest.approx(1.0)}
+
+
+def test_the_leaderboard_has_every_trial_and_why_it_ended() -> None:
+    stopped = dataclasses.replace(trial(2, [4.0], TrialState.STOPPED, changes={"method.r": 8}), why=f"{EARLY}no good")
+    trials = [trial(1, [3.0, 2.0], changes={"optim.lr": 1e-3}), stopped]
+    board = leaderboard.as_json(trials, "eval/loss", "min", "tickets@3")
+    assert (board["best"], board["model"], board["tokens"]) == (1, "tickets@3", 300)
+    page = leaderboard.page("Sweep x", board, "model: base\n")
+    assert "| 1 | 1 | 0.001 | - | 2 | 2/10 | finished | 200 | run-1 |" in page
+    assert f"- trial 2: {EARLY}no good" in page and "model: base" in page
+
+
+def test_plots_are_drawn_of_one_trial_and_of_many() -> None:
+    many = [
+        trial(n, [1.0 + n, 2.0], changes={"optim.lr": 10.0**-n, "optim.schedule": "cosine", "seed": n})
+        for n in range(1, 4)
+    ]
+    for trials in (many, many[:1]):
+        assert plots.metric_by_step(trials, "eval/loss", "min").startswith(PNG)
+        assert plots.parallel_coordinates(trials, "eval/loss", "max").startswith(PNG)
+    assert plots.importance_bars({"optim.lr": 0.7}).startswith(PNG)
+
+
+def test_what_is_new_about_a_trial_is_a_line_each() -> None:
+    before = trial(1, [3.0], TrialState.RUNNING, changes={"optim.lr": 1e-3})
+    after = dataclasses.replace(trial(1, [3.0, 2.0], TrialState.STOPPED), why=f"{EARLY}no good\nat all")
+    assert news(None, before, "eval/loss") == [
+        "trial 1 begins: optim.lr 0.001  (run run-1)",
+        "trial 1  step 1/10  eval/loss 3.0000",
+    ]
+    assert news(before, after, "eval/loss") == [
+        "trial 1  step 2/10  eval/loss 2.0000",
+        f"trial 1 stopped after step 2, 200 tokens: {EARLY}no good",
+    ]
+    assert news(after, after, "eval/loss") == []
+
+
+def test_the_time_left_goes_by_the_pace_since_the_driver_began() -> None:
+    trials = [trial(1, [1.0]), trial(2, [1.0] * 5, TrialState.RUNNING)]
+    assert seconds_left(trials, 4, 0.5, 10.0) == pytest.approx(25.0)  # 1.0 of 4 trials in 10 s, 2.5 to do
+    assert seconds_left(trials, 4, 1.5, 10.0) is None
+
+
+def test_a_budget_of_tokens_or_of_seconds_ends_a_sweep() -> None:
+    search = SearchBlock(budget=Budget(tokens=100, seconds=60.0))
+    assert over_budget(search, 99, 59.0) is None
+    assert over_budget(search, 100, 0.0) == "the budget of 100 tokens is spent"
+    assert over_budget(search, 0, 61.0) == "the budget of 60 s is spent"
+    assert over_budget(SearchBlock(), 10**12, 10.0**9) is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "fit", "nodes", "workers", "gpu", "at_once"),
+    [
+        (None, 8, 1, 1, True, 8),
+        (None, 8, 1, 1, False, 1),
+        (None, 8, 4, 2, False, 2),
+        (16, 8, 1, 1, True, 8),
+        (3, 0, 1, 4, False, 1),
+    ],
+)
+def test_no_more_trials_run_at_once_than_have_room_for_all_their_workers(
+    asked: int | None, fit: int, nodes: int, workers: int, gpu: bool, at_once: int
+) -> None:
+    assert trials_at_once(SearchBlock(parallel=asked), fit, nodes, workers, gpu) == at_once
+
+
+def test_a_stopping_rule_gets_the_measurements_and_checkpoints_that_it_needs() -> None:
+    config = RunConfig.model_validate({"model": "base", "data": {"train": "a", "eval": "b"}})
+    sweeps = {
+        rule: ResolvedSweep(SweepConfig(stop=rule), {}, {}, "") for rule in (AshaBlock(), PbtBlock(), NoStopBlock())
+    }
+    asha, pbt, none = (set_in_trials(sweep, config, 100) for sweep in sweeps.values())
+    assert asha == {"evaluate.every.steps": 7}
+    assert pbt == {"evaluate.every.steps": 13, "checkpoint.every.steps": 13, "checkpoint.keep_last": 4}
+    assert none == {}

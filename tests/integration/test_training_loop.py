@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from service import storage
 from service.errors import GateError, OutOfMemoryError, TrainingError
@@ -99,7 +100,7 @@ def test_moments_that_do_not_fit_in_the_first_update_are_out_of_memory_of_this_m
         torch.empty(2**50)  # a petabyte: the allocator refuses it as it would refuse moments
 
     run, job = small_runs.make_job(run_file, settings, ["memory.micro=6"])
-    hook = torch.optim.optimizer.register_optimizer_step_pre_hook(ask_for_too_much)
+    hook = register_optimizer_step_pre_hook(ask_for_too_much)
     try:
         with pytest.raises(OutOfMemoryError, match="micro-batch of 6 sequence") as raised:
             train(job, World.current())

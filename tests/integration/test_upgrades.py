@@ -140,6 +140,11 @@ class Cluster:
         answer = _got(f"{self.dashboard}/api/serve/applications/", _token())
         return "" if answer is None else str(answer.json()["applications"].get("loray-default", {}).get("status", ""))
 
+    def said(self) -> str:
+        """The end of what its nodes printed, and Ray's own account of it."""
+        logs = sorted(self.directory.glob("*.log")) + sorted(self.directory.glob("session_latest/logs/gcs_server.*"))
+        return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
+
     def close(self) -> None:
         for name in list(self.nodes):
             self.kill(name)
@@ -163,6 +168,17 @@ def _got(url: str, headers: dict[str, str]) -> httpx.Response | None:
 def args(base: Path) -> dict[str, Any]:
     engine = {"slots": 2, "max_context": 256, "lora_columns": 24, "threads": 1}
     return {"schema": 1, "model": str(base), "precision": "fp32", "adapters": ["red@1"], "engine": engine}
+
+
+@contextmanager
+def tried(*clusters: Cluster) -> Iterator[None]:
+    """What goes wrong inside is told with what the clusters said."""
+    try:
+        yield
+    except Exception as error:
+        for cluster in clusters:
+            error.add_note(cluster.said())
+        raise
 
 
 @pytest.fixture
@@ -243,7 +259,8 @@ def test_replicas_answer_while_the_head_is_away_and_are_the_new_heads(
     for _ in range(REQUESTS):
         assert ask(cluster.url) == expected
     cluster.start_head()
-    wait_until(lambda: cluster.status() == "RUNNING", "the new head knows the application", DEADLINE_S)
+    with tried(cluster):
+        wait_until(lambda: cluster.status() == "RUNNING", "the new head knows the application", DEADLINE_S)
     assert ask(cluster.url) == expected
     assert set(replicas(cluster.url)) == before, "no replica was started anew"
     cluster.deploy({**args, "replicas": 2}, settings)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
+import os
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -33,6 +35,7 @@ from service.config import EngineBlock
 from service.errors import ClusterError, ModelError, RequestError
 from service.inference.engine import Chunk, GenerationRequest, OnChunk, SamplingParams
 
+_log = logging.getLogger(__name__)
 MAX_SCORES = 2**18  # log-probabilities of prompts in one answer
 
 
@@ -140,8 +143,15 @@ class EngineReplica:
         return {"slots": self._engine.num_slots, "resident": self._adapters.available(), "taken": taken}
 
     def check_health(self) -> None:
-        """Called by Ray Serve: raises when the engine's thread is dead or stuck, and the replica is replaced."""
-        self._engine.check()
+        """Called by Ray Serve. A broken engine ends the process: Serve then replaces the replica at once.
+
+        Told of it, Serve would let the replica drain first, for as long as the longest stream may last.
+        """
+        try:
+            self._engine.check()
+        except RuntimeError:
+            _log.exception("the engine is broken: its replica %s ends, and another one is started", self._name)
+            os._exit(1)
 
     def __del__(self) -> None:
         """Called by Ray Serve when the replica ends."""

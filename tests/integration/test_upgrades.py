@@ -87,7 +87,8 @@ class Cluster:
 
     def start_head(self) -> None:
         ports = ["--port", str(self.port), "--dashboard-port", str(self.dashboard_port)]
-        more = ["--num-cpus", "0", "--include-dashboard", "true", "--temp-dir", str(self.directory)]
+        files = tempfile.mkdtemp(dir=self.directory)  # as a new pod begins: empty
+        more = ["--num-cpus", "0", "--include-dashboard", "true", "--temp-dir", files]
         password = ["--redis-password", self.redis["REDIS_PASSWORD"]]
         namespace = {"RAY_external_storage_namespace": f"cluster-{self.number}"}
         self._start("head", 1, ["--head", *ports, *more, *password], {**self.redis, **namespace})
@@ -142,7 +143,7 @@ class Cluster:
 
     def said(self) -> str:
         """The end of what its nodes printed, and Ray's own account of it."""
-        logs = sorted(self.directory.glob("*.log")) + sorted(self.directory.glob("session_latest/logs/gcs_server.*"))
+        logs = sorted(self.directory.glob("*.log")) + sorted(self.directory.glob("*/session_latest/logs/gcs_server.*"))
         return "\n".join(f"--- {log.name}\n{log.read_text(errors='replace')[-2000:]}" for log in logs)
 
     def close(self) -> None:
@@ -253,7 +254,7 @@ def test_replicas_answer_while_the_head_is_away_and_are_the_new_heads(
 ) -> None:
     cluster = clusters(1)
     cluster.deploy(args, settings)
-    wait_until(lambda: answers(cluster.url), "it answers", DEADLINE_S)
+    wait_until(lambda: cluster.status() == "RUNNING" and answers(cluster.url), "it answers", DEADLINE_S)
     expected, before = ask(cluster.url), set(replicas(cluster.url))
     cluster.kill("head")
     for _ in range(REQUESTS):

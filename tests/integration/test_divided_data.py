@@ -71,7 +71,9 @@ def test_a_run_draws_the_shares_of_its_sources_by_their_scores_and_no_row_that_i
         "split": {"eval": 0.2, "test": 0.1},
         "augment": {"copies": 2, "swap": 0.5},
     }
-    run, job = small_runs.make_job(small_runs.write_run_file(directory, base, num_rows=40, data=data), settings)
+    optim = {"lr": 1e-2, "batch": {"rows": 12}, "epochs": 1}
+    file = small_runs.write_run_file(directory, base, num_rows=40, data=data, optim=optim)
+    run, job = small_runs.make_job(file, settings)
     run.set_state(RunState.RUNNING, train_digest=job.train_digest)
     with pytest.raises(NotFoundError, match="absent"):  # after the last step: what comes then is not this test's
         train(replace(job, test_digest="absent"), World.current())

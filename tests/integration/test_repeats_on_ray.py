@@ -19,6 +19,8 @@ from tests.integration.place import DEADLINE_S, Place, base, losses, place, wait
 
 __all__ = ["base", "place"]  # fixtures
 
+pytestmark = pytest.mark.long  # each starts several trainings, one after the other
+
 
 def _summary(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(storage.read_bytes(run.path("summary.json")))
@@ -56,7 +58,6 @@ def test_folds_are_trained_one_after_the_other_and_summed_up(place: Place) -> No
     assert all(f"{child.id}  succeeded  train/loss" in shown for child in children)
 
 
-@pytest.mark.long
 def test_seeds_that_were_stopped_twice_go_on_where_they_were_and_the_best_is_published(place: Place) -> None:
     overrides = ("run.seeds=2", "scale.workers=1", "optim.epochs=40")
     with training(place, *(part for override in overrides for part in ("--set", override))) as (run, process):

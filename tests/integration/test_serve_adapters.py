@@ -125,11 +125,11 @@ def test_without_room_a_put_says_pending_and_keeps_the_registration(endpoint: En
         while not answered.is_set():
             endpoint.post(model="wide", max_tokens=100).raise_for_status()
 
-    # Twelve callers on four slots: there are always some in line, so wide is in use until the PUT is answered.
+    # Twelve callers on four slots: eight rows are always at hand of the engine, so wide is in use until the PUT is answered.
     with ThreadPoolExecutor(12) as pool:
         callers = [pool.submit(keep_busy) for _ in range(12)]
         try:
-            wait_until(lambda: endpoint.replica()["running"] > 8, "wide is in use")
+            wait_until(lambda: endpoint.replica()["running"] == 8, "wide is in use")
             response = endpoint.http.put("/v1/adapters/red?wait=resident&timeout=2", json={"model": "red@1"})
         finally:
             answered.set()

@@ -173,8 +173,8 @@ def test_sigterm_at_the_driver_stops_with_a_checkpoint(place: Place) -> None:
     ("change", "message"),
     [
         ({"data": {"train": "missing.jsonl"}}, "missing.jsonl: the data file does not exist"),
-        ({"data": {"train": "EMPTY"}}, "the data file is empty"),
-        ({"data": {"train": "BROKEN"}}, "row 2: no valid JSON"),
+        ({"data": {"train": "EMPTY"}}, "is empty: it holds no row"),
+        ({"data": {"train": "BROKEN"}}, "One JSON object a row. Row 2."),
         ({"model": "no-such-model"}, "is no bundled name"),
         ({"model": "/nowhere/at/all"}, "is no directory"),
         ({"method": {"type": "lora", "targets": ["nothing_proj"]}}, "name no linear layer"),

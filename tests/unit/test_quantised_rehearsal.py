@@ -32,9 +32,10 @@ def test_a_weight_that_is_split_again_after_the_forward_pass_stays_whole_until_t
     kind: str,
 ) -> None:
     layer = real() if kind == "real" else rehearsed()
-    gathered = weakref.ref(layer.weight.untyped_storage())
+    weight = layer.get_parameter("weight")
+    gathered = weakref.ref(weight.untyped_storage())
     out = checkpoint(layer, torch.ones(2, FEATURES, requires_grad=True), use_reentrant=False)
-    layer.weight.data = torch.empty(0, dtype=layer.weight.dtype)  # as ZeRO-3 lets go of it
+    weight.data = torch.empty(0, dtype=weight.dtype)  # as ZeRO-3 lets go of it
     assert gathered() is not None  # in the graph, where activation checkpointing does not see it
     del out
     assert gathered() is None

@@ -298,6 +298,7 @@ class _Session:
             value = float(loss.item())
             suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
             self.strategy.backward(loss, last=last)
+            del loss  # and its graph: bitsandbytes' products keep weights there, under zero3 a gathered copy of each
             loss_sum += value
         sums = self.strategy.finish(loss_sum, stop=self.watch.stop_reason is not None)
         self._demand_finite(step, "loss", sums.loss, rows, suspects)

@@ -1,8 +1,9 @@
 """Quantised linears for a rehearsal: the memory behaviour of bitsandbytes' layers, with none of their arithmetic.
 
 In 4 and in 8 bits the whole weight is turned back to the compute type for every product, forward and backward, and let go
-after it (bitsandbytes 0.50, autograd/_functions.py); in 8 bits the input is kept too. Nothing here can train: see
-`methods/quantised.py` for what does.
+after it (bitsandbytes 0.50, autograd/_functions.py). In 8 bits the input is kept too. In 4 bits the quantised weight is, as
+a plain attribute that activation checkpointing does not see: under zero3 it is the gathered copy, so that all layers' weights
+are whole from the forward pass to the backward pass. Nothing here can train: see `methods/quantised.py` for what does.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ def quantise(model: torch.nn.Module, config: RunConfig) -> set[int]:
     for module in list(model.modules()) if small else []:
         for name, child in list(module.named_children()):
             if isinstance(child, torch.nn.Linear) and id(child.weight) in small:
-                replacement = _QuantisedLinear(child, config)
+                replacement = QuantisedLinear(child, config)
                 setattr(module, name, replacement)
                 made.add(id(replacement.weight))
     return made
 
 
-class _QuantisedLinear(torch.nn.Module):
+class QuantisedLinear(torch.nn.Module):
     """4 bits lie in a parameter of the compute type, 8 bits in one of int8; scales lie beside it and are never spread."""
 
     def __init__(self, linear: torch.nn.Linear, config: RunConfig) -> None:
@@ -65,7 +66,7 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, shape: tuple[int, int], keeps_input: bool
     ) -> torch.Tensor:
         ctx.shape = shape
-        ctx.kept = x if keeps_input else None
+        ctx.kept = x if keeps_input else weight.view(-1)
         ctx.save_for_backward(weight)
         return functional.linear(x, weight.new_empty(shape, dtype=x.dtype))
 

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from service.errors import GateError, OutOfMemoryError, TrainingError
 from service.runs import Run
 from service.settings import Settings
 from service.training.loop import TrainJob, train
+from service.training.objectives.sft import Batch, SupervisedLoss
 from service.training.strategy import World
 from tests.integration import small_runs
 from tests.integration.oracle import oracle_losses
@@ -107,6 +109,24 @@ def test_moments_that_do_not_fit_in_the_first_update_are_out_of_memory_of_this_m
     finally:
         hook.remove()
     assert raised.value.micro == 6 and losses(run) == []
+
+
+def test_the_graph_of_a_micro_batch_is_gone_before_the_next_begins(
+    run_file: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[weakref.ref[torch.Tensor]] = []
+    compute = SupervisedLoss.forward
+
+    def forward(objective: SupervisedLoss, batch: Batch) -> torch.Tensor:
+        assert not before or before[-1]() is None
+        loss = compute(objective, batch)
+        before.append(weakref.ref(loss))
+        return loss
+
+    monkeypatch.setattr(SupervisedLoss, "forward", forward)
+    _, job = small_runs.make_job(run_file, settings, ["memory.micro=2", "optim.max_steps=2", "data.pack=never"])
+    train(job, World.current())
+    assert len(before) > 4  # two steps of three
 
 
 def test_two_workers_give_the_losses_and_draws_of_one(

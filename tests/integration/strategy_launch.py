@@ -65,14 +65,14 @@ def save_biased_base(directory: Path) -> Path:
     return directory
 
 
-def run_workers(module: str, argument: Path, size: int) -> list[str]:
+def run_workers(module: str, argument: Path, size: int, *more: str) -> list[str]:
     """What `size` processes joined by gloo said, all of which must succeed; with `size` 0 one that is alone."""
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     alone = {key: value for key, value in os.environ.items() if key not in (*together, "RANK", "LOCAL_RANK")}
     environments = [alone | together | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(size)] or [alone]
     workers = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(argument)],
+            [sys.executable, "-m", module, str(argument), *more],
             env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

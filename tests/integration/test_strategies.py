@@ -11,13 +11,16 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load, load_file
 
 from service import storage
+from service.runs import Run
 from service.settings import Settings
+from service.training.loop import TrainJob
 from tests.integration import small_runs
 from tests.integration.strategy_launch import (
     CLIP,
@@ -324,9 +327,12 @@ def test_one_worker_needs_no_process_group_and_learns_what_two_learn(
 
 
 @pytest.mark.long
-def test_the_loop_comes_to_the_same_adapter_under_every_strategy_and_its_gate_lets_it_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_loop_comes_to_the_same_adapter_under_every_strategy_and_its_gate_lets_it_pass(
+    tmp_path: Path, method: str
+) -> None:
     base = small_runs.small_base(tmp_path / "base")
-    run_file = small_runs.write_run_file(tmp_path / "run", base)
+    run_file = small_runs.write_run_file(tmp_path / "run", base, method={"type": method, "r": 4, "alpha": 8})
     settings = Settings(str(tmp_path / "home"), tmp_path / "cache")
     ended = {}
     for strategy in ("ddp", "zero2", "zero3"):
@@ -341,6 +347,44 @@ def test_the_loop_comes_to_the_same_adapter_under_every_strategy_and_its_gate_le
     for strategy in ("zero2", "zero3"):
         assert ended[strategy][0] == pytest.approx(ended["ddp"][0], rel=TOLERANCE)
         assert largest_difference(ended[strategy][1], ended["ddp"][1]) < WEIGHT_TOLERANCE
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_sharded_run_goes_from_one_worker_to_two_and_back_with_the_losses_of_one(
+    tmp_path: Path, strategy: str
+) -> None:
+    base = small_runs.small_base(tmp_path / "base")
+    run_file = small_runs.write_run_file(tmp_path / "run", base, method={"type": "full"})
+    settings = Settings(str(tmp_path / "home"), tmp_path / "cache")
+    overrides = [f"scale.strategy={strategy}", "memory.micro=2", "optim.epochs=30", "optim.lr=1e-4"]
+
+    def attempt(job: TrainJob, number: int, size: int, *steps: str) -> dict[str, Any]:
+        config = {**job.config, "scale": {**job.config["scale"], "workers": size}}
+        file = tmp_path / f"{job.run_id}-{number}.json"
+        file.write_text(json.dumps(dataclasses.asdict(dataclasses.replace(job, attempt=number, config=config))))
+        said = run_workers("tests.integration.loop_worker", file, size, *steps)[0]
+        return dict(json.loads(said.strip().splitlines()[-1]))
+
+    whole, job = small_runs.make_job(run_file, settings, overrides)
+    assert attempt(job, 1, 1)["step"] == 120
+    moved, job = small_runs.make_job(run_file, settings, overrides)
+    for number, size in enumerate((1, 2), start=1):
+        assert attempt(job, number, size, "2")["stopped"]
+        moved.clear_stop()
+    assert attempt(job, 3, 1)["step"] == 120
+
+    def losses(run: Run) -> list[float]:
+        return [row["train/loss"] for row in run.metrics()]
+
+    def draws(run: Run) -> dict[int, list[int]]:
+        """By step, whichever worker drew them."""
+        ledger = list(run.ledger())
+        return {step: sorted(i for row in ledger if row["step"] == step for i in row["ids"]) for step in range(1, 121)}
+
+    assert losses(moved) == pytest.approx(losses(whole), rel=TOLERANCE)
+    assert draws(moved) == draws(whole)
+    assert [event["kind"] for event in moved.events()].count("resumed") >= 2
 
 
 @pytest.mark.long

@@ -17,6 +17,7 @@ import pytest
 
 from serve.adapter_sync import POLL_EVERY_S
 from serve.desired import EndpointFiles
+from serve.last_known import AGAIN_S
 from serve.registration import from_uri, register
 from serve.routing import Registered
 from service.config import ServeConfig
@@ -468,8 +469,6 @@ def test_names_that_climb_are_refused_and_nothing_is_written(endpoint: Endpoint,
 def test_an_alias_that_moves_is_followed_without_a_put_and_never_unanswered(
     endpoint: Endpoint, adapter_root: Path, base: Path
 ) -> None:
-    from serve.gateway import ROUTES_AGE_S  # imports ray.serve
-
     registry = endpoint.registry
 
     def publish(family: str, source: str, like: str) -> None:
@@ -485,7 +484,7 @@ def test_an_alias_that_moves_is_followed_without_a_put_and_never_unanswered(
 
     publish("green", "blue3", "blue@1")
     registry.set_alias("green", "production", 2)
-    assert max(ROUTES_AGE_S, POLL_EVERY_S) <= 1.0  # the gateway asks for aliases, then a replica for what is wanted
+    assert max(AGAIN_S, POLL_EVERY_S) <= 1.0  # the gateway asks for aliases, then a replica for what is wanted
     began = time.monotonic()
     wait_until(lambda: endpoint.post(model="green", max_tokens=1).raise_for_status().json()["model"] == "green@2", "it is followed")  # fmt: skip
     print(f"the alias was followed after {time.monotonic() - began:.2f} s")

@@ -71,6 +71,7 @@ def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
     assert logs == ["a1-rank-00000.log", "a1-rank-00001.log"]
 
 
+@pytest.mark.long
 def test_a_submitted_job_succeeds_and_a_mistyped_key_fails_with_our_message(place: Place) -> None:
     from ray.job_submission import JobSubmissionClient
 
@@ -153,6 +154,7 @@ def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place) -> Non
     assert "nothing to stop" in refused
 
 
+@pytest.mark.long
 def test_sigterm_at_the_driver_stops_with_a_checkpoint(place: Place) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "jobs.train", str(place.run_file), "--set", "optim.epochs=2000"],
@@ -202,6 +204,7 @@ def test_wrong_input_exits_2_with_its_reason_and_leaves_no_run(
         assert not Registry(place.settings.home).models()
 
 
+@pytest.mark.long
 def test_a_run_that_wants_more_than_the_cluster_has_says_what_is_missing_and_does_not_wait_for_ever(
     place: Place,
 ) -> None:

@@ -32,6 +32,7 @@ def _says(word: str, server: subprocess.Popen[bytes], log: Path) -> bool:
     return word in log.read_text()
 
 
+@pytest.mark.long
 def test_sigterm_lets_a_stream_end_and_then_exits_with_zero(
     ray_cluster: str, config: ServeConfig, settings: Settings, tmp_path: Path
 ) -> None:

@@ -252,6 +252,7 @@ def test_a_best_checkpoint_that_is_damaged_leaves_the_last_steps_model_and_says_
     assert (len(said), len(best)) == (1, 0) and "cannot be used" in said[0]
 
 
+@pytest.mark.long
 def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before_and_nothing_else(
     run_file: Path, settings: Settings, finished: tuple[Run, TrainJob]
 ) -> None:
@@ -268,6 +269,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before_and_no
     assert saved_weights(run) == saved_weights(finished[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [

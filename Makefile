@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo test test-long test-vllm bench lint
+.PHONY: setup demo test test-long test-longer test-vllm bench lint
 
 setup: $(STAMP)
 
@@ -23,9 +23,12 @@ test: setup
 	$(BIN)/python -m pytest -m 'not long'
 
 test-long: setup
-	$(BIN)/python -m pytest -m long --ignore tests/integration/test_readme.py --ignore tests/integration/test_nodes.py
+	$(BIN)/python -m pytest -m "long and not longer" --ignore tests/integration/test_readme.py --ignore tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m long tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
+
+test-longer: setup
+	$(BIN)/python -m pytest -m longer
 
 # The engines' contract on vLLM's CPU build, in an environment of its own: it pins another transformers. Complete pins and
 # --no-deps, because it asks for torchvision, torchaudio and torchcodec too, which it does without. Its imports warn, and

@@ -58,6 +58,7 @@ def test_folds_are_trained_one_after_the_other_and_summed_up(place: Place) -> No
     assert all(f"{child.id}  succeeded  train/loss" in shown for child in children)
 
 
+@pytest.mark.longer
 def test_seeds_that_were_stopped_twice_go_on_where_they_were_and_the_best_is_published(place: Place) -> None:
     overrides = ("run.seeds=2", "scale.workers=1", "optim.epochs=40")
     with training(place, *(part for override in overrides for part in ("--set", override))) as (run, process):

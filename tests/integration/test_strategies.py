@@ -350,7 +350,7 @@ def test_the_loop_comes_to_the_same_adapter_under_every_strategy_and_its_gate_le
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.longer), "zero3"])
 def test_a_sharded_run_goes_from_one_worker_to_two_and_back_with_the_losses_of_one(
     tmp_path: Path, strategy: str
 ) -> None:

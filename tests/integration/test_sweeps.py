@@ -94,6 +94,7 @@ def newest_run_has_a_checkpoint(place: Place, num_runs: int) -> bool:
     return len(runs) == num_runs and bool(checkpoints(runs[-1]))
 
 
+@pytest.mark.longer
 @pytest.mark.long
 def test_a_sweep_goes_on_after_its_driver_was_killed_and_after_ctrl_c_and_never_repeats_a_trial(
     place: Place, sweep_file: Path
@@ -132,6 +133,7 @@ def test_a_sweep_goes_on_after_its_driver_was_killed_and_after_ctrl_c_and_never_
     assert curve == list(range(20, STEPS + 1, 20))
 
 
+@pytest.mark.longer
 @pytest.mark.long
 def test_weak_trials_are_stopped_with_a_checkpoint_and_say_why(place: Place, sweep_file: Path, tmp_path: Path) -> None:
     space = {"optim.lr": [1e-2, 1e-5, 1e-6]}  # the best one first, so that the others are worse than what was before
@@ -186,6 +188,7 @@ def test_eight_trials_of_the_tickets_recipe_go_on_after_a_kill_and_are_ranked_an
         assert trial.changes["method.alpha"] in (trial.changes["method.r"], 2 * trial.changes["method.r"])
 
 
+@pytest.mark.longer
 @pytest.mark.long
 def test_a_weak_member_of_a_population_takes_over_a_strong_ones_checkpoint(
     place: Place, sweep_file: Path, tmp_path: Path
@@ -213,6 +216,7 @@ def test_a_weak_member_of_a_population_takes_over_a_strong_ones_checkpoint(
     place.loray("runs", "ledger", taken[-1].run, "--check")
 
 
+@pytest.mark.longer
 @pytest.mark.long
 def test_a_search_that_learns_ends_with_its_budget(place: Place, sweep_file: Path, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
@@ -225,6 +229,7 @@ def test_a_search_that_learns_ends_with_its_budget(place: Place, sweep_file: Pat
     assert len(sweep.records()) < 8
 
 
+@pytest.mark.longer
 @pytest.mark.long
 def test_on_s3_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(
     place: Place, sweep_file: Path, tmp_path: Path, s3_home: str

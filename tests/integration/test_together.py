@@ -45,6 +45,7 @@ def jobs(run_file: Path, settings: Settings) -> list[tuple[Run, TrainJob]]:
     return [small_runs.make_job(run_file, settings, trial) for trial in TRIALS]
 
 
+@pytest.mark.longer
 @pytest.mark.long
 def test_the_losses_of_runs_that_share_a_base_equal_those_of_the_same_runs_alone(
     run_file: Path, settings: Settings

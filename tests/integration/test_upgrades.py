@@ -36,6 +36,7 @@ from tests.k8s.conftest import missing
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.longer,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the garbage collector
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
 ]

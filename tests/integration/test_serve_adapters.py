@@ -115,7 +115,7 @@ def test_a_pinned_adapter_makes_no_room_until_it_is_put_without_its_pin(loaded: 
     assert states()["red"] == "resident" and loaded.ask("red") == before
     unpinned = loaded.http.put("/v1/adapters/red", json={"model": "red@1"})
     assert unpinned.status_code in (200, 202)  # wide, which waits for room, may have taken red's already
-    assert loaded.ask("wide", max_tokens=1)
+    wait_until(lambda: loaded.post(model="wide", max_tokens=1).status_code == 200, "the replica has heard of it")
     assert states()["red"] == "cached"
 
 

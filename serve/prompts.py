@@ -7,7 +7,6 @@ megabyte was seen to take about a second.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 from serve.openai_api import Prompt
@@ -20,8 +19,8 @@ LONG_CHARS = 32_768
 class Prompts:
     """The prompts of one replica, whose model has a context of `max_context` tokens. Belongs to one event loop."""
 
-    def __init__(self, load: Callable[[], Renderer], max_context: int) -> None:
-        self._short, self._long = load(), load()
+    def __init__(self, short: Renderer, long: Renderer, max_context: int) -> None:
+        self._short, self._long = short, long
         self._reading = {id(renderer): asyncio.Lock() for renderer in (self._short, self._long)}
         self._max_context = max_context
         self._longest_token = max(map(len, self._short.tokenizer.get_vocab()))  # characters; of bytes at least as many

@@ -57,7 +57,8 @@ class EngineReplica:
         self._adapters.start()
         self._outboxes = Outboxes()
         self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))
-        self._prompts = Prompts(lambda: load_renderer(model.path, base.chat_template), self._engine.max_context)
+        another = load_renderer(model.path, base.chat_template)
+        self._prompts = Prompts(self._renderer, another, self._engine.max_context)
 
     async def stream(self, gateway: str, replica: str) -> AsyncIterator[Batch]:
         """All that this replica has to say to a gateway's requests, a batch per step. ClusterError: it is not `replica`."""

@@ -111,14 +111,21 @@ class StatusFile:
 def beating(heartbeat: Callable[[], None]) -> Iterator[None]:
     """Tell the world, from a thread of its own, that this driver lives. Storage that hiccups, or a mount that is away for a
     moment, is asked again."""
+    with repeating(heartbeat, HEARTBEAT_EVERY_S, "heartbeat"):
+        yield
+
+
+@contextmanager
+def repeating(work: Callable[[], None], every_s: float, name: str) -> Iterator[None]:
+    """Do this again and again in a thread of this name, beside the block. What LorayError ends is tried the next time."""
     ended = threading.Event()
 
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT_EVERY_S):
+    def repeat() -> None:
+        while not ended.wait(every_s):
             with suppress(LorayError):
-                heartbeat()
+                work()
 
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread = threading.Thread(target=repeat, name=name, daemon=True)
     thread.start()
     try:
         yield

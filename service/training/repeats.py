@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import json
 import statistics
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +24,11 @@ from rich.console import Console
 from service import launcher, storage
 from service.config import ResolvedRun, derived
 from service.domain import Manifest, RunState
-from service.errors import LorayError, NotFoundError
+from service.errors import NotFoundError
 from service.registry import Registry
 from service.runs import Run, new_id
 from service.settings import Settings
+from service.status import repeating
 from service.training import driver
 from service.training.plan import make_run_plan
 from service.training.stop_channel import StopChannel
@@ -138,23 +138,15 @@ def _child(run: Run, number: int, variant: Variant) -> tuple[Run, Run | None]:
 @contextmanager
 def _passing_on(stop: StopChannel, child: Run) -> Iterator[None]:
     """What the whole is asked to do, its child is asked to do: from a thread, because this one trains the child."""
-    ended = threading.Event()
 
     def pass_on() -> None:
-        while not ended.wait(PASS_ON_EVERY_S):
-            with suppress(LorayError):  # storage that is away is asked again
-                stop.deliver()
-                reason = stop.wanted()
-                if reason and child.status().state is RunState.RUNNING and not child.stop_requested():
-                    child.request_stop(reason)
+        stop.deliver()
+        reason = stop.wanted()
+        if reason and child.status().state is RunState.RUNNING and not child.stop_requested():
+            child.request_stop(reason)
 
-    thread = threading.Thread(target=pass_on, name="pass-on-stops", daemon=True)
-    thread.start()
-    try:
+    with repeating(pass_on, PASS_ON_EVERY_S, "pass-on-stops"):
         yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 @dataclass(frozen=True)

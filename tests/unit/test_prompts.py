@@ -35,7 +35,8 @@ def prompts(tmp_path: Path) -> Prompts:
     Gated.gate.clear()
     Gated.num_read = 0
     tokenizer = tiny.save_tokenizer(tmp_path)
-    return Prompts(lambda: Gated(tokenizer, frozenset({tokenizer.eos_token_id})), CONTEXT)
+    short, long = (Gated(tokenizer, frozenset({tokenizer.eos_token_id})) for _ in range(2))
+    return Prompts(short, long, CONTEXT)
 
 
 def _conversation(num_chars: int) -> tuple[Message, ...]:

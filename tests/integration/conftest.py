@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 
-from service import launcher
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,8 +27,6 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # jobs call plain `python`
         "HF_HUB_OFFLINE": "1",
-        "RAY_AUTH_MODE": "token",
-        **launcher.RAY_ENVIRONMENT,
     }
     removed = ["RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"]
     removed += [name for name in os.environ if name.startswith("AWS_")]  # a test's store is in ~/.aws/config

@@ -127,6 +127,11 @@ def read_rows(uri: str) -> list[tuple[str, dict[str, Any]]]:
     return LogReader(uri).new_rows()
 
 
+def figure(value: float | None) -> float:
+    """A number of a row as it was: JSON has no word for one that is not finite, and null stands for it."""
+    return math.nan if value is None else value
+
+
 def _segments(uri: str) -> list[tuple[str, str, int]]:
     """(name, writer, number), ordered by writer and number."""
     matches = (_SEGMENT.fullmatch(name) for name in storage.list_names(uri))

@@ -86,8 +86,15 @@ class Run:
         return self._status.set_state(state, message, **fields)
 
     def heartbeat(self, **fields: Any) -> None:
-        """The driver lives; may carry `step`, `message` and details. Does nothing once the run has ended."""
+        """The driver lives; may carry `step`, `message` and details. Does nothing once the run has ended.
+
+        Raises ConflictError where another process drives it now.
+        """
         self._status.heartbeat(**fields)
+
+    def declare_dead(self) -> None:
+        """Its driver is gone without a word: it has failed, and may be driven by another."""
+        self._status.declare_dead(DRIVER_KILLED)
 
     def set_resolved(self, resolved: dict[str, Any]) -> None:
         """Keep the config that a resumed run goes on with: what is learnt is the same, how it is spread may differ."""

@@ -8,7 +8,9 @@ described in `registry.py` and `runs.py`; how bytes get there, in `storage.py`. 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,14 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
     if problems:
         raise ConfigError("\n".join(problems))
     return Settings(home, cache)
+
+
+@contextmanager
+def scratch(cache: Path) -> Iterator[Path]:
+    """A directory for a while, in the cache, which has room for whole models: the system's own may be a small one in memory."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="aside-", dir=cache) as directory:
+        yield Path(directory)
 
 
 def _home(value: str, environ: Mapping[str, str], problems: list[str]) -> str:

@@ -1,10 +1,15 @@
 """The status of what a driver works on, a run or a sweep: one JSON file with one writer, read by everybody.
 
-A `running` whose heartbeat is older than 60 s reads as `lost`.
+A `running` whose heartbeat is older than 60 s reads as `lost`. The driver's process is in the details: one that was cut off
+and comes back after another has gone on in its place is refused, and changes nothing any more.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -64,9 +69,14 @@ class StatusFile:
         return _seen_at(self._read()[0], now or datetime.now(UTC))
 
     def set_state(self, state: RunState, message: str = "", **fields: Any) -> RunStatus:
-        """Moves to `state`, or ConflictError. `step` is a field of the status, all others join its `details`."""
+        """Moves to `state`, or ConflictError. `step` is a field of the status, all others join its `details`.
+
+        What another process drives only that one ends, unless it is known to be dead (`declare_dead`).
+        """
 
         def move(now: RunStatus) -> RunStatus:
+            if state in _ENDS:
+                self._demand_own(now)
             seen = _seen_at(now, datetime.now(UTC))
             if not next_state_allowed(seen.state, state):
                 wanted = ", ".join(sorted(_NEXT[seen.state])) or "nothing: start a new one"
@@ -79,8 +89,26 @@ class StatusFile:
         return self._change(move)
 
     def heartbeat(self, **fields: Any) -> None:
-        """The driver lives. Does nothing after the end."""
+        """The driver lives. Does nothing after the end; ConflictError where another process drives it now."""
+
+        def beat(now: RunStatus) -> RunStatus:
+            self._demand_own(now)
+            return now if now.state in _ENDS else _updated(now, fields)
+
+        self._change(beat)
+
+    def declare_dead(self, error: str) -> None:
+        """The driver is gone without a word: what it drove has failed, and may be driven by another."""
+        fields = {"state": RunState.FAILED, "message": "its driver was killed", "error": error}
         self._change(lambda now: now if now.state in _ENDS else _updated(now, fields))
+
+    def _demand_own(self, now: RunStatus) -> None:
+        driver = {name: now.details.get(name) for name in ("pid", "born", "host")}
+        if driver["pid"] is not None and driver != this_process():
+            raise ConflictError(
+                f"{self._what} is driven by process {driver['pid']} on {driver['host']} now, and not by this one, which was "
+                "not heard of for too long. What this one has trained since is not kept."
+            )
 
     def _read(self) -> tuple[RunStatus, str | None]:
         try:
@@ -132,6 +160,30 @@ def repeating(work: Callable[[], None], every_s: float, name: str) -> Iterator[N
     finally:
         ended.set()
         thread.join()
+
+
+def this_process() -> dict[str, Any]:
+    """What `life` tells this process by."""
+    return {"pid": os.getpid(), "born": _own_birth(os.getpid()), "host": socket.gethostname()}
+
+
+def life(driver: dict[str, Any]) -> str:
+    """`alive` or `dead` for a driver on this host; on another host, `unknown`."""
+    pid = driver.get("pid")
+    if driver.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return "unknown"
+    return "alive" if _born(pid) == driver.get("born") != "" else "dead"
+
+
+def _born(pid: int) -> str:
+    """When a process of this host began, in the kernel's own words, so that a reused pid is told apart; "" without one."""
+    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S607
+    return done.stdout.strip()
+
+
+@functools.cache
+def _own_birth(pid: int) -> str:
+    return _born(pid)
 
 
 def _first() -> RunStatus:

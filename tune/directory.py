@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from service import storage
 from service.domain import RunState
 from service.errors import ConflictError, NotFoundError
-from service.runs import RunStatus, ids_below, new_id, one_of
+from service.runs import DRIVER_KILLED, RunStatus, ids_below, new_id, one_of
 from service.status import StatusFile
 from tune.sweep_file import ResolvedSweep, sweep_from_json
 
@@ -103,6 +103,10 @@ class Sweep:
     def heartbeat(self, **details: Any) -> None:
         """The driver lives."""
         self._status.heartbeat(**details)
+
+    def declare_dead(self) -> None:
+        """Its driver is gone without a word: it has failed, and may be driven by another."""
+        self._status.declare_dead(DRIVER_KILLED)
 
     def write_record(self, record: TrialRecord) -> None:
         """Keep what a trial is now."""

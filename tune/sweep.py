@@ -26,7 +26,7 @@ from service.errors import ConfigError, ConflictError, NotFoundError, StorageErr
 from service.registry import Registry
 from service.runs import Run
 from service.settings import Settings
-from service.status import beating
+from service.status import beating, life, this_process
 from service.sweep_config import AshaBlock, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune import space as spaces
@@ -45,8 +45,6 @@ RESUMABLE = ("search.trials", "search.parallel", "search.budget", "publish")
 
 def run_sweep(resolved: ResolvedSweep, settings: Settings, console: Console, *, resume: Sweep | None = None) -> Sweep:
     """Try all trials, or go on with `resume`; the sweep as it ended or was stopped. Raises what ended it otherwise."""
-    from service.training.driver import this_process
-
     launcher.prepare_environment()
     job, parallel = _planned(resolved, settings, console)
     sweep = resume or Sweep.create(settings.home, _name(resolved), resolved)
@@ -68,8 +66,6 @@ def run_sweep(resolved: ResolvedSweep, settings: Settings, console: Console, *, 
 
 def reopen(home: str, id_or_latest: str, overrides: Sequence[str] = ()) -> tuple[Sweep, ResolvedSweep]:
     """A sweep that can go on, with `overrides` of RESUMABLE. Raises ConflictError when it is over, or its driver lives."""
-    from service.training.driver import life
-
     sweep = Sweep.open(home, id_or_latest)
     status = sweep.status()
     if status.state is RunState.SUCCEEDED:
@@ -79,7 +75,7 @@ def reopen(home: str, id_or_latest: str, overrides: Sequence[str] = ()) -> tuple
         seen = life(status.details)
         if seen == "alive" or (seen == "unknown" and status.state is RunState.RUNNING):
             raise ConflictError(f"sweep {sweep.id} is running (heartbeat {status.updated_at}). Stop it first.")
-        sweep.set_state(RunState.FAILED, "its driver was killed")
+        sweep.declare_dead()
     if overrides:
         sweep.set_resolved(resolved)
     return sweep, resolved
@@ -102,7 +98,7 @@ def publish_best(sweep: Sweep, family: str, settings: Settings) -> Manifest:
         config = run_from_json(run.resolved(), run.run_yaml())
         plan = make_run_plan(config, settings, digests(run))
         figures = {name: value for name, value in run.metrics()[-1].items() if name != "step" and value is not None}
-        return publish_model(family, run, config, registry, plan, figures)
+        return publish_model(family, run, config, settings, plan, figures)
 
     return published_once(family, run, registry, publish)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from service.cli.terminal import console, print_json, print_json_lines, say
+from service.logs import figure
 from service.runs import Run
 from service.settings import load_settings
 
@@ -65,7 +66,7 @@ def show(run: RunId, json: Json = False) -> None:
         say(f"  {_event_line(event)}")
     for child in children:
         figures = "  ".join(
-            f"{name} {child[name]:.4f}" for name in ("train/loss", "eval/loss", "test/loss") if name in child
+            f"{name} {figure(child[name]):.4f}" for name in ("train/loss", "eval/loss", "test/loss") if name in child
         )
         say(f"  {child['run']}  {child['state']}  {figures}".rstrip())
     console.print(found.run_yaml(), markup=False, highlight=False)
@@ -193,7 +194,7 @@ def metrics(run: RunId, json: Json = False) -> None:
     names = ["train/loss", "eval/loss", "optim/lr", "train/grad_norm", "train/tokens_per_s"]
     table = Table("step", *names)
     for row in rows:
-        table.add_row(str(row["step"]), *(f"{row[name]:.5g}" if name in row else "" for name in names))
+        table.add_row(str(row["step"]), *(f"{figure(row[name]):.5g}" if name in row else "" for name in names))
     console.print(table)
 
 

@@ -10,9 +10,6 @@ import dataclasses
 import importlib.metadata
 import os
 import signal
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,9 +25,9 @@ from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
 from service.domain import DEFAULT_PROJECT, Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
-from service.runs import DRIVER_KILLED, Run, list_runs
-from service.settings import Settings
-from service.status import beating
+from service.runs import Run, list_runs
+from service.settings import Settings, scratch
+from service.status import beating, life, this_process
 from service.training.attempts import train_to_the_end
 from service.training.exported import Exported
 from service.training.loop import Metrics, TrainJob, TrainResult
@@ -98,7 +95,7 @@ def _mark_failed(run: Run, error: BaseException) -> None:
     try:
         run.set_state(RunState.FAILED, f"{type(error).__name__}: {error}", error=type(error).__name__)
     except ConflictError:
-        pass  # it had already ended, and only what came after has failed
+        pass  # it had already ended, and only what came after has failed; or another drives it
     except StorageError as another:
         error.add_note(f"and the run could not be marked as failed: {another}")
 
@@ -116,7 +113,8 @@ def _train_and_finish(
     if result.stopped is None:
         _finish(run, resolved, settings, plan, result, console)
         return
-    run.set_state(RunState.STOPPED, result.stopped, step=result.step)
+    stopped = result.stopped
+    patience_of(run, resolved, console).insist(lambda: run.set_state(RunState.STOPPED, stopped, step=result.step))
     go_on = f"Go on: loray train --resume {run.id}"
     console.print(
         f"Stopped at step {result.step}: {result.stopped}. {go_on}", markup=False, highlight=False, soft_wrap=True
@@ -150,7 +148,7 @@ def reopen(home: str, id_or_latest: str) -> Run:
             raise ConflictError(
                 f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
             )
-        run.set_state(RunState.FAILED, "its driver was killed", error=DRIVER_KILLED)
+        run.declare_dead()
     return run
 
 
@@ -194,8 +192,10 @@ def _begin(run: Run, plan: RunPlan) -> int:
 def begin(run: Run, **details: Any) -> int:
     """Mark a run as running in this process; the number of this attempt. Raises ConflictError when somebody else has it."""
     attempt = int(run.status().details.get("attempt", 0)) + 1
+    asked_before = run.stop_requested()
     run.set_state(RunState.RUNNING, attempt=attempt, **this_process(), **details)
-    run.clear_stop()
+    if asked_before:
+        run.withdraw_stop(asked_before)  # what is asked from now on stays
     return attempt
 
 
@@ -282,11 +282,8 @@ def _finish(
     run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, result: TrainResult, console: Console
 ) -> None:
     """Publish, write the report, say where it is. Storage that is away is asked again: the training is done."""
-
-    def say(kind: str, text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    insist = Patience([run.uri], resolved.config.checkpoint.retry_s, "finishing the run", say).insist
+    insist = patience_of(run, resolved, console).insist
+    insist(run.heartbeat)  # ConflictError where another driver has gone on with it
     publish = resolved.config.publish
     manifest = None
     if publish:
@@ -296,7 +293,7 @@ def _finish(
                 publish.name,
                 run,
                 registry,
-                lambda: publish_model(publish.name, run, resolved, registry, plan, result.metrics),
+                lambda: publish_model(publish.name, run, resolved, settings, plan, result.metrics),
             )
         )
     report = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
@@ -311,6 +308,15 @@ def _finish(
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 
+def patience_of(run: Run, resolved: ResolvedRun, console: Console) -> Patience:
+    """What a driver writes at the end is written again while storage is away, for as long as the run file allows."""
+
+    def say(kind: str, text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    return Patience([run.uri], resolved.config.checkpoint.retry_s, "finishing the run", say)
+
+
 def published_once(family: str, run: Run, registry: Registry, publish: Callable[[], Manifest]) -> Manifest:
     """What `publish` gives, unless this run has published before: in an attempt cut short, or by a call whose answer was lost."""
     manifests = (registry.manifest(ModelRef.parse(family).at(v)) for v in reversed(registry.versions(family)))
@@ -318,7 +324,7 @@ def published_once(family: str, run: Run, registry: Registry, publish: Callable[
 
 
 def publish_model(
-    family: str, run: Run, resolved: ResolvedRun, registry: Registry, plan: RunPlan, metrics: Metrics
+    family: str, run: Run, resolved: ResolvedRun, settings: Settings, plan: RunPlan, metrics: Metrics
 ) -> Manifest:
     """Make what a run has trained, and its gate has passed, the next version of `family`."""
     config, method = resolved.config, resolved.config.method
@@ -341,29 +347,10 @@ def publish_model(
         run=run.id,
         versions={package: importlib.metadata.version(package) for package in VERSIONED},
     )
-    with tempfile.TemporaryDirectory(prefix="loray-publish-") as directory:
+    with scratch(settings.cache) as directory:
         for name in storage.list_names(run.path("model")):
-            storage.fetch_file(run.path("model", name), Path(directory) / name, None)
+            storage.fetch_file(run.path("model", name), directory / name, None)
         if draft.kind == "full" and config.model.chat_template:  # served as it was trained, not as its base was
             text = read_text(config.model.chat_template, "model.chat_template")
-            (Path(directory) / "chat_template.jinja").write_text(text, encoding="utf-8")
-        return registry.publish(family, Path(directory), draft)
-
-
-def this_process() -> dict[str, Any]:
-    """What `life` tells this process by."""
-    return {"pid": os.getpid(), "born": _born(os.getpid()), "host": socket.gethostname()}
-
-
-def life(driver: dict[str, Any]) -> str:
-    """`alive` or `dead` for a driver on this host; on another host, `unknown`."""
-    pid = driver.get("pid")
-    if driver.get("host") != socket.gethostname() or not isinstance(pid, int):
-        return "unknown"
-    return "alive" if _born(pid) == driver.get("born") != "" else "dead"
-
-
-def _born(pid: int) -> str:
-    """When a process of this host began, in the kernel's own words, so that a reused pid is told apart; "" without one."""
-    done = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)  # noqa: S607
-    return done.stdout.strip()
+            (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
+        return Registry(settings.home).publish(family, directory, draft)

@@ -14,7 +14,6 @@ import gc
 import hashlib
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +33,7 @@ from service.data.shards import TokenRows
 from service.errors import LorayError, ModelError, NotFoundError, TrainingError
 from service.logs import LogWriter
 from service.runs import Run
+from service.settings import scratch
 from service.training import handover, methods, optim, start_checks, strategy
 from service.training.batches import Batches, make_plan, micro_sequences
 from service.training.checkpoint import Identity
@@ -399,8 +399,8 @@ class _Session:
         with self.turn():
             probe = handover.make_probe(self.objective, self.batches, self.rows)
         weights = ((name, tensors["weight"]) for name, tensors in self.strategy.state())
-        with tempfile.TemporaryDirectory(prefix="loray-model-") as aside:
-            directory = Path(aside) / "model"
+        with scratch(Path(self.job.cache)) as aside:
+            directory = aside / "model"
             if self.world.rank == 0:
                 probe = handover.save(self.model, weights, directory, self.config, probe)
             for _ in weights:  # the other workers take part in gathering each weight
@@ -443,6 +443,13 @@ class _Session:
         return f"{sum(parts.values()):.1f} s: " + ", ".join(f"{what} {seconds:.1f}" for what, seconds in parts.items())
 
     def _flush(self) -> None:
+        """Before a checkpoint: the logs up to there, and nothing where another driver has begun a later attempt."""
+        newest = self.run.status().details.get("attempt", 0) if self.world.rank == 0 else 0
+        if newest > self.job.attempt:
+            raise TrainingError(
+                f"attempt {self.job.attempt} of run {self.run.id} saves nothing any more: attempt {newest} has begun, because "
+                "this one's driver was not heard of for too long. Leave the run to it."
+            )
         self.metrics.flush()
         self.ledger.flush()
 

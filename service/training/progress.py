@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from service.errors import StorageError
-from service.logs import LogReader
+from service.logs import LogReader, figure
 from service.runs import Run
 
 
@@ -37,7 +37,7 @@ class ProgressView:
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._bar.start()
-        for _, row in self._reader.new_rows()[-1:]:  # of what an earlier attempt did, only where it stands
+        for row in self._new_rows()[-1:]:  # of what an earlier attempt did, only where it stands
             self._show(row)
         self._first = None
         return self
@@ -49,15 +49,19 @@ class ProgressView:
         self._bar.stop()
 
     def poll(self) -> list[dict[str, Any]]:
-        """Read what is new, show it and return it. Progress is no reason to end a run: a storage that hiccups is asked again."""
-        try:
-            rows = [row for _, row in self._reader.new_rows()]
-        except StorageError as error:
-            self._bar.console.print(f"progress cannot be read just now: {error}", markup=False, highlight=False)
-            return []
+        """Read what is new, show it and return it."""
+        rows = self._new_rows()
         for row in rows:
             self._show(row)
         return rows
+
+    def _new_rows(self) -> list[dict[str, Any]]:
+        """Progress is no reason to end a run: a storage that hiccups is asked again."""
+        try:
+            return [row for _, row in self._reader.new_rows()]
+        except StorageError as error:
+            self._bar.console.print(f"progress cannot be read just now: {error}", markup=False, highlight=False)
+            return []
 
     def say(self, line: str) -> None:
         """A line beside the progress, such as why a new attempt begins."""
@@ -70,14 +74,16 @@ class ProgressView:
             return
         self._bar.update(self._task, completed=row["step"], figures=self._figures(row))
         if "eval/loss" in row:
-            self._bar.console.print(f"step {row['step']}: held-out loss {row['eval/loss']:.4f}", highlight=False)
+            self._bar.console.print(
+                f"step {row['step']}: held-out loss {figure(row['eval/loss']):.4f}", highlight=False
+            )
 
     def _figures(self, row: dict[str, Any]) -> str:
-        parts = [f"loss {row['train/loss']:.4f}"] if "train/loss" in row else []
+        parts = [f"loss {figure(row['train/loss']):.4f}"] if "train/loss" in row else []
         if not self._console.is_terminal and "eval/loss" in row:
-            parts.append(f"held-out loss {row['eval/loss']:.4f}")
+            parts.append(f"held-out loss {figure(row['eval/loss']):.4f}")
         if "test/loss" in row:
-            parts.append(f"test loss {row['test/loss']:.4f}")
+            parts.append(f"test loss {figure(row['test/loss']):.4f}")
         if "train/tokens_per_s" in row:
             parts += [f"{row['train/tokens_per_s']:.0f} tokens/s", f"{self._time_left(row['step'])} left"]
         return "  ".join(parts)

@@ -12,6 +12,7 @@ whole by `stop` or by a signal reaches the child that is training.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -151,7 +152,7 @@ def _passing_on(stop: StopChannel, child: Run) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a child came to: the metrics of the step that its model is of."""
+    """What a child came to: the metrics of the step that its model is of, without those that were not finite."""
 
     name: str
     run: Run
@@ -164,7 +165,7 @@ class Outcome:
         """Of a child that has succeeded."""
         step = child.status().step or 0
         rows = [row for row in child.metrics() if row["step"] == step]
-        metrics = {name: value for row in rows for name, value in row.items() if name != "step"}
+        metrics = {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
         return cls(variant.name, child, variant.resolved, step, metrics)
 
 
@@ -181,13 +182,14 @@ def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 
 def _finish(run: Run, resolved: ResolvedRun, outcomes: Sequence[Outcome], settings: Settings, console: Console) -> None:
-    """Publish the best, write report and summary, say where they are."""
+    """Publish the best, write report and summary, say where they are. Storage that is away is asked again."""
+    insist = driver.patience_of(run, resolved, console).insist
     found = summary(outcomes)
-    model = _publish_best(resolved, outcomes, settings) if resolved.config.publish else None
-    storage.write_bytes(run.path("summary.json"), json.dumps(found, indent=2).encode())
+    model = insist(lambda: _publish_best(resolved, outcomes, settings)) if resolved.config.publish else None
+    insist(lambda: storage.write_bytes(run.path("summary.json"), json.dumps(found, indent=2).encode()))
     report = run.path("report.md")
-    storage.write_bytes(report, _page(run, resolved, found, model).encode())
-    run.set_state(RunState.SUCCEEDED, report=report, **({"model": model} if model else {}))
+    insist(lambda: storage.write_bytes(report, _page(run, resolved, found, model).encode()))
+    insist(lambda: run.set_state(RunState.SUCCEEDED, report=report, **({"model": model} if model else {})))
     for name in [name for name in FIRST_METRICS if name in found["mean"]]:
         _say(console, f"{name}: {found['mean'][name]:.4f} +- {found['std'][name]:.4f} over {len(outcomes)} trainings")
     if model:
@@ -199,11 +201,11 @@ def _publish_best(resolved: ResolvedRun, outcomes: Sequence[Outcome], settings: 
     """The child of lowest eval/loss as a version, unless an earlier attempt has published it."""
     assert resolved.config.publish, "only a run that publishes has a best"
     family, registry = resolved.config.publish.name, Registry(settings.home)
-    best = min(outcomes, key=lambda outcome: outcome.metrics["eval/loss"])
+    best = min(outcomes, key=lambda outcome: outcome.metrics.get("eval/loss", math.inf))
 
     def publish() -> Manifest:
         plan = make_run_plan(best.resolved, settings, driver.digests(best.run))
-        return driver.publish_model(family, best.run, best.resolved, registry, plan, best.metrics)
+        return driver.publish_model(family, best.run, best.resolved, settings, plan, best.metrics)
 
     return driver.published_once(family, best.run, registry, publish).ref
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from service import storage
 from service.config import LoraBlock, ResolvedRun, RunConfig
+from service.logs import figure
 from service.runs import Run
 from service.training.loop import TrainResult
 from service.training.plan import RunPlan
@@ -59,7 +60,7 @@ def _page(
     rows: list[dict[str, Any]],
 ) -> str:
     config = resolved.config
-    measured = [f"{row['eval/loss']:.4f}" for row in rows if "eval/loss" in row]
+    measured = [f"{figure(row['eval/loss']):.4f}" for row in rows if "eval/loss" in row]
     held_out = " -> ".join([*measured[:1], *measured[1:][-1:]]) or "not measured: no data.eval"
     rates = [row["train/tokens_per_s"] for row in rows if "train/tokens_per_s" in row]
     gate = result.gate

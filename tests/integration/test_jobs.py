@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
     output = place.train(str(place.run_file))
     run = place.newest()
     assert "Published small@1" in output
+    assert re.search(r"From the command to the first step: \d", output)
     assert f"Report: {run.path('report.md')}" in output
     assert storage.read_bytes(run.path("loss.png")).startswith(b"\x89PNG")
     report = storage.read_bytes(run.path("report.md")).decode()
@@ -69,6 +71,14 @@ def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
     assert {"train/loss", "train/grad_norm", "train/tokens_per_s", "optim/lr"} <= set(rows[0])
     logs = storage.list_names(run.path("logs"))
     assert logs == ["a1-rank-00000.log", "a1-rank-00001.log"]
+
+
+def test_an_adapter_that_learnt_nothing_is_a_failed_run_and_no_version(place: Place) -> None:
+    output = place.train(str(place.run_file), "--set", "optim.lr=1.0e-45", "--set", "optim.max_steps=1", expect=1)
+    status = place.newest().status()
+    assert status.state is RunState.FAILED and status.details["error"] == "GateError"
+    assert "14 of 14 updates are zero" in status.message and "14 of 14 updates are zero" in output
+    assert Registry(place.settings.home).versions("small") == []
 
 
 @pytest.mark.long
@@ -168,6 +178,7 @@ def test_sigterm_at_the_driver_stops_with_a_checkpoint(place: Place) -> None:
     assert process.returncode == 0, output
     assert run.status().state is RunState.STOPPED
     assert "SIGTERM" in run.status().message
+    assert newest_step(run.uri) == run.status().step == len(losses(run))
     assert f"loray train --resume {run.id}" in output
 
 

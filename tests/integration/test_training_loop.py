@@ -19,9 +19,11 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from service import storage
+from service.domain import RunState
 from service.errors import GateError, OutOfMemoryError, TrainingError
 from service.runs import Run
 from service.settings import Settings
+from service.training.checkpoint import newest_step
 from service.training.loop import TrainJob, train
 from service.training.objectives.sft import Batch, SupervisedLoss
 from service.training.strategy import World
@@ -199,6 +201,28 @@ def unlearned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 LONG = ["optim.epochs=5", "optim.lr=0.2", "optim.schedule=constant"]
+
+
+def test_patience_ends_a_run_that_gets_no_better_and_its_best_is_the_model(unlearned: Path, settings: Settings) -> None:
+    run, job = small_runs.make_job(unlearned, settings, [*LONG, "stop.patience=2", "checkpoint.every.steps=0"])
+    result = train(job, World.current())
+    measured = {row["step"]: row["eval/loss"] for row in run.metrics() if "eval/loss" in row}
+    best = min(measured, key=lambda step: measured[step])
+    assert max(measured) == best + 2 < 20
+    assert result.step == best and result.stopped is None and result.gate is not None
+
+
+def test_an_attempt_that_another_has_succeeded_makes_no_checkpoint_visible(run_file: Path, settings: Settings) -> None:
+    """Its driver was cut off, and another has gone on: what this one writes would be among the other's."""
+    run, job = small_runs.make_job(run_file, settings, ["memory.micro=6", "checkpoint.every.steps=1"])
+
+    def taken_over(metrics: dict[str, float]) -> None:
+        if run.status().state is RunState.CREATED:
+            run.set_state(RunState.RUNNING, attempt=2)
+
+    with pytest.raises(TrainingError, match="attempt 2 has begun"):
+        train(job, World.current(), taken_over)
+    assert newest_step(run.uri) is None and not storage.list_names(run.path("model"))
 
 
 @pytest.fixture(scope="module")

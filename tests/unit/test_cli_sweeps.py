@@ -129,7 +129,7 @@ def test_a_model_is_published_only_of_a_finished_trial_and_under_a_bare_name(lor
 
 def test_a_sweep_that_is_over_or_running_is_not_gone_on_with(loray: Loray, home: str) -> None:
     sweep = swept(home, RunState.SUCCEEDED)
-    sweep.set_state(RunState.RUNNING, host="another", pid=1)
+    sweep.set_state(RunState.RUNNING, host="another")
     done = loray("sweep", "--resume", sweep.id)
     assert done.code != 0 and "is running (heartbeat " in done.err
     sweep.set_state(RunState.SUCCEEDED)

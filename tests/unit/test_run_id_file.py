@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs import train
-from service import storage
+from service import status, storage
 from service.domain import RunState
 from service.errors import ConflictError
 from service.runs import Run
@@ -18,6 +18,7 @@ from service.training import driver
 from tests.unit.run_files import SMALL
 
 ID = "20260101-000000-tickets-0001"
+ELSEWHERE = {"pid": 1, "born": "long ago", "host": "gone"}
 
 
 @pytest.fixture
@@ -25,11 +26,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """One whose driver is on another host and was heard a moment less than it takes to be lost ago."""
     monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.01)
     run = Run.create(str(tmp_path), "tickets", "", {}, id=ID)
-    run.set_state(RunState.RUNNING, pid=1, host="gone")
+    run.set_state(RunState.RUNNING, **ELSEWHERE)
     heard = datetime.now(UTC) - timedelta(seconds=LOST_AFTER_S - 0.3)
-    status = run.status().model_copy(update={"updated_at": heard.isoformat()})
-    storage.write_bytes(run.path("status.json"), status.model_dump_json().encode())
+    then = run.status().model_copy(update={"updated_at": heard.isoformat()})
+    storage.write_bytes(run.path("status.json"), then.model_dump_json().encode())
     return run
+
+
+@pytest.fixture
+def being_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "this_process", lambda: ELSEWHERE)
 
 
 def test_there_is_nothing_to_go_on_with_at_first(tmp_path: Path) -> None:
@@ -42,6 +48,7 @@ def test_a_driver_that_died_with_its_node_is_waited_for(run: Run) -> None:
     assert run.status().state is RunState.FAILED, "and may run again"
 
 
+@pytest.mark.usefixtures("being_its_driver")
 def test_a_driver_that_is_heard_again_keeps_its_run(run: Run) -> None:
     beat = threading.Timer(0.05, run.heartbeat)
     beat.start()
@@ -50,6 +57,7 @@ def test_a_driver_that_is_heard_again_keeps_its_run(run: Run) -> None:
     beat.join()
 
 
+@pytest.mark.usefixtures("being_its_driver")
 @pytest.mark.parametrize("state", [RunState.STOPPED, RunState.FAILED, RunState.SUCCEEDED])
 def test_one_that_has_ended_is_returned_at_once(run: Run, state: RunState) -> None:
     run.set_state(state)
@@ -57,6 +65,7 @@ def test_one_that_has_ended_is_returned_at_once(run: Run, state: RunState) -> No
     assert run.status().state is state
 
 
+@pytest.mark.usefixtures("being_its_driver")
 def test_a_job_that_is_started_again_after_its_run_has_succeeded_has_nothing_to_do(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

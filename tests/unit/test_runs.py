@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
@@ -11,7 +12,8 @@ from service import storage
 from service.domain import RunState
 from service.errors import ConfigError, ConflictError, NotFoundError, StorageError
 from service.logs import LogWriter
-from service.runs import Run, list_runs, next_state_allowed
+from service.runs import DRIVER_KILLED, Run, list_runs, next_state_allowed
+from service.status import this_process
 
 pytest_plugins = ("tests.s3_endpoint",)
 
@@ -96,6 +98,22 @@ def test_a_silent_running_run_reads_as_lost_and_can_be_resumed(home: str) -> Non
     old = run.status().model_copy(update={"updated_at": (now - timedelta(seconds=90)).isoformat()})
     storage.write_bytes(run.path("status.json"), old.model_dump_json().encode())
     assert run.set_state(RunState.RUNNING).state == RunState.RUNNING
+
+
+def test_a_driver_that_comes_back_after_another_has_gone_on_changes_nothing(home: str) -> None:
+    run = _run(home)
+    cut_off = {**this_process(), "host": "elsewhere"}
+    run.set_state(RunState.RUNNING, attempt=1, **cut_off)
+    for late in (run.heartbeat, lambda: run.set_state(RunState.SUCCEEDED), lambda: run.set_state(RunState.FAILED)):
+        before = storage.read_bytes(run.path("status.json"))
+        with pytest.raises(ConflictError, match=f"driven by process {os.getpid()} on elsewhere now"):
+            late()
+        assert storage.read_bytes(run.path("status.json")) == before
+    run.declare_dead()
+    assert (run.status().state, run.status().details["error"]) == (RunState.FAILED, DRIVER_KILLED)
+    run.set_state(RunState.RUNNING, attempt=2, **this_process())
+    run.heartbeat(step=3)
+    assert run.set_state(RunState.SUCCEEDED).step == 3
 
 
 def test_transitions_are_those_of_the_picture() -> None:

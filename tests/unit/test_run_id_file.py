@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from service.training import driver
 from tests.unit.run_files import SMALL
 
 ID = "20260101-000000-tickets-0001"
-ELSEWHERE = {"pid": 1, "born": "long ago", "host": "gone"}
+ELSEWHERE: dict[str, Any] = {"pid": 1, "born": "long ago", "host": "gone"}
 
 
 @pytest.fixture

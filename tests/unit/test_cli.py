@@ -6,14 +6,11 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from service import storage
-from service.cli.app import main
 from service.config import load_run
 from service.data import planner
 from service.data.prepare import prepare_run
@@ -27,50 +24,12 @@ from service.training import stacks
 from service.training.ranklog import RankLog
 from service.training.watch import Watch
 from tests.integration.tiny import save_tokenizer
+from tests.unit.console import Loray, home, loray
+
+__all__ = ["home", "loray"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAFT = ManifestDraft(base_model="b", base_digest="00", renderer_digest="11", rank=4, alpha=8)
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left: its exit code and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-Loray = Callable[..., Done]
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty LORAY_HOME, and a working directory with nothing in it."""
-    monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return str(tmp_path / "home")
-
-
-@pytest.fixture
-def loray(home: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Loray:
-    """Runs the console script's function with these arguments."""
-
-    def call(*arguments: str) -> Done:
-        monkeypatch.setattr(sys, "argv", ["loray", *arguments])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            main()
-        except SystemExit as exit:
-            code = exit.code
-        printed = capsys.readouterr()
-        assert isinstance(code, int)
-        return Done(code, printed.out, printed.err)
-
-    return call
 
 
 def _publish(home: str, directory: Path, weights: bytes = b"w") -> None:

@@ -13,7 +13,7 @@ from service.domain import RunState
 from service.logs import LogWriter
 from service.runs import Run
 from service.sweep_config import SearchBlock, SweepConfig
-from tests.unit.test_cli import Loray, home, loray
+from tests.unit.console import Loray, home, loray
 from tune import space as spaces
 from tune.directory import Sweep, TrialRecord, TrialRun, list_sweeps
 from tune.sweep_file import load_sweep

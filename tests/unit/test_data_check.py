@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from service.cli.app import main
 from service.config import DataBlock
 from service.data import card
 from service.data.checkup import check
@@ -19,29 +15,12 @@ from service.data.rows import Conversation, Labelled, Problem, Row
 from service.render import load_renderer
 from tests.integration.tiny import save_tokenizer
 from tests.unit import corpora
+from tests.unit.console import Loray, home, loray
+
+__all__ = ["home", "loray"]  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 TICKETS = ROOT / "jobs/recipes/data/tickets.train.jsonl"
-Loray = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def loray(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Loray:
-    """Runs the console script's function: its exit code, what it printed, what it complained of."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["loray", "data", "check", *arguments])
-        capsys.readouterr()
-        code: object = 0
-        try:
-            main()
-        except SystemExit as exit:
-            code = exit.code
-        printed = capsys.readouterr()
-        assert isinstance(code, int)
-        return code, printed.out, printed.err
-
-    return call
 
 
 def _file(directory: Path, lines: list[bytes], name: str = "rows.jsonl") -> Path:
@@ -55,7 +34,7 @@ def _clean(number: int, seed: int = 1) -> list[bytes]:
 
 
 def test_clean_data_exits_with_0_even_when_strict(loray: Loray) -> None:
-    code, out, _ = loray(str(TICKETS), "--against", str(TICKETS).replace("train", "eval"), "--strict")
+    code, out, _ = loray("data", "check", str(TICKETS), "--against", str(TICKETS).replace("train", "eval"), "--strict")
     assert code == 0 and "Nothing is wrong" in out
 
 
@@ -63,20 +42,20 @@ def test_a_warning_exits_with_1_only_when_strict_and_an_error_always(loray: Lora
     lines = _clean(60)
     warned = _file(tmp_path, [*lines, lines[0]], "warned.jsonl")
     wrong = _file(tmp_path, [*lines, b"{"], "wrong.jsonl")
-    assert loray(str(warned))[0] == 0 and loray(str(warned), "--strict")[0] == 1
-    assert loray(str(wrong))[0] == 1
+    assert loray("data", "check", str(warned))[0] == 0 and loray("data", "check", str(warned), "--strict")[0] == 1
+    assert loray("data", "check", str(wrong))[0] == 1
 
 
 def test_wrong_usage_and_a_file_that_is_none_exit_with_2(loray: Loray, tmp_path: Path) -> None:
-    assert loray()[0] == 2
-    assert loray(str(TICKETS), "--colour")[0] == 2
-    code, out, err = loray(str(tmp_path / "absent.jsonl"))
+    assert loray("data", "check")[0] == 2
+    assert loray("data", "check", str(TICKETS), "--colour")[0] == 2
+    code, out, err = loray("data", "check", str(tmp_path / "absent.jsonl"))
     assert code == 2 and "absent.jsonl" in err and out == ""
 
 
 def test_the_json_card_is_the_whole_output(loray: Loray, tmp_path: Path) -> None:
     lines = _clean(60)
-    code, out, _ = loray(str(_file(tmp_path, [*lines, lines[3]])), "--json")
+    code, out, _ = loray("data", "check", str(_file(tmp_path, [*lines, lines[3]])), "--json")
     (finding,) = json.loads(out)["findings"]
     assert code == 0 and finding["kind"] == "duplicate" and finding["rows"] == [61] and finding["fix"]
 
@@ -87,7 +66,7 @@ def test_good_and_bad_rows_lie_apart_and_none_is_lost(loray: Loray, tmp_path: Pa
     wrong = b'{"messages": [{"role": "bot"}], "id": 7}'  # an unknown role, and no content
     given = [*lines[:10], unreadable, *lines[10:20], b"", wrong, *lines[20:], lines[5]]
     out = tmp_path / "apart"
-    code, printed, _ = loray(str(_file(tmp_path, given)), "--quarantine", str(out))
+    code, printed, _ = loray("data", "check", str(_file(tmp_path, given)), "--quarantine", str(out))
     assert code == 1 and "60 good rows" in printed and "3 bad ones" in printed
     assert (out / "good.jsonl").read_text().splitlines() == [line.decode() for line in lines]
     bad = [json.loads(line) for line in (out / "bad.jsonl").read_text().splitlines()]
@@ -95,14 +74,14 @@ def test_good_and_bad_rows_lie_apart_and_none_is_lost(loray: Loray, tmp_path: Pa
     assert bad[0]["line"] == '{"messages": caf\\xe9' and "no UTF-8" in bad[0]["reasons"][0]
     assert bad[1]["record"] == json.loads(wrong) and len(bad[1]["reasons"]) == 2
     assert bad[2]["record"] == json.loads(lines[5]) and bad[2]["reasons"][0].startswith("duplicate: ")
-    assert loray(str(out / "good.jsonl"), "--strict")[0] == 0
+    assert loray("data", "check", str(out / "good.jsonl"), "--strict")[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["bad.jsonl", "good.jsonl"]
 
 
 def test_the_markdown_card_has_the_findings_and_no_markup_of_the_data(loray: Loray, tmp_path: Path) -> None:
     bad = b'{"messages": [{"role": "<b>|`x", "content": "y"}]}'
     card_file = tmp_path / "cards" / "card.md"
-    loray(str(_file(tmp_path, [*_clean(60), bad])), "--markdown", str(card_file))
+    loray("data", "check", str(_file(tmp_path, [*_clean(60), bad])), "--markdown", str(card_file))
     text = card_file.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| error")]
     assert all(row.replace("\\|", "").count("|") == 6 for row in rows) and "\\<b\\>" in text and "| 61 |" in text

@@ -20,7 +20,7 @@ from serve.desired import HEARTBEAT_EVERY_S, AdapterReport, EndpointFiles, Repli
 from serve.lines import Lines
 from serve.routing import Source, Target
 from service.domain import ModelRef
-from service.errors import ConflictError, LorayError, StorageError
+from service.errors import ConflictError, LorayError, NotFoundError, StorageError
 from service.inference.engine import Engine
 from service.registry import Registry, model_digest
 
@@ -131,8 +131,11 @@ class AdapterSync:
                     if digest is not None:
                         self._running += 1
                         return self._answering(target, digest)
-                    if up_to_date and waiting is None:
-                        waiting, woken = self._join(target), False
+                    if up_to_date and waiting != (awaited := self._table.awaited(target.digest, target.label).digest):
+                        if waiting is not None:  # its label means another version now
+                            self._table.stop_waiting(waiting)
+                        self._table.wait(awaited)
+                        waiting, woken = awaited, False
                 if not woken:
                     self._wake.set()
                     woken = True
@@ -142,12 +145,6 @@ class AdapterSync:
                 with self._lock:
                     self._table.stop_waiting(waiting)
                 self._notify()  # a turn that was over may go on
-
-    def _join(self, target: Target) -> str:
-        """Wait for the adapter that is to answer. Call with the lock held."""
-        adapter = self._table.awaited(target.digest, target.label)
-        self._table.wait(adapter.digest)
-        return adapter.digest
 
     def _answering(self, target: Target, digest: str) -> Target:
         if digest == target.digest:
@@ -221,6 +218,8 @@ class AdapterSync:
                 with self._lock:
                     self._table.still_in_use(action.digest)
                 return False
+            except NotFoundError:
+                _log.warning("adapter %s was not in the engine any more", action.digest)
             with self._lock:
                 self._table.unloaded(action.digest)
         return True

@@ -128,12 +128,14 @@ class AdapterTable:
             if new is not None and new.digest != old.digest and self._is_available(old.digest):
                 self._previous[label] = old
         self.epoch, self._labels = epoch, dict(labels)
+        for adapter in self.adapters.values():
+            adapter.fresh &= not adapter.available  # it was there at the end of the last step: PUT and seen
         # Of two entries with the same content, the registry's is the one to fetch: it does not change.
         for entry in sorted(labels.values(), key=lambda entry: entry.source is None):
             adapter = self.adapters.setdefault(entry.digest, Adapter(entry.digest, entry.model))
             adapter.model, adapter.source = entry.model, entry.source
             if entry.since > adapter.since:
-                adapter.since, adapter.refusal, adapter.fresh = entry.since, "", not adapter.resident
+                adapter.since, adapter.refusal, adapter.fresh = entry.since, "", True
         pins = {entry.digest for entry in labels.values() if entry.pin}
         for adapter in self.adapters.values():
             adapter.pinned = adapter.digest in pins

@@ -76,13 +76,18 @@ class Prepared:
 
 
 def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
-    """The application of a serve config. Roots come from the environment; the port is that of the Serve it runs on."""
+    """The application of a serve config. Roots come from the environment; the port is that of the Serve it runs on.
+
+    Connects to Ray where that was not done: `serve run` builds before it connects, and what the application may take and
+    where it would listen is in the cluster.
+    """
     if differing := skew():
         _log.warning(differing)
     config = args if isinstance(args, ServeConfig) else validated(ServeConfig, _typed(args), "arguments")
     prepared = prepare(config, load_settings())
-    if ray.is_initialized():
-        _check_listening(None, prepared.keys)
+    if not ray.is_initialized():
+        launcher.connect()
+    _check_listening(None, prepared.keys)
     register(prepared.files, prepared.adapters)
     return application(prepared)
 
@@ -185,7 +190,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
     """The two deployments, bound. Limits are explicit: what exceeds them is answered 429, not queued for ever."""
     config = prepared.config
     places, limit_s = FULL_LINES * line_rows(config.engine.slots), drain_s(config.engine)
-    num_gpus = 1 if ray.is_initialized() and _cluster_total("GPU") >= config.min_replicas else 0
+    num_gpus = 1 if _cluster_total("GPU") >= config.min_replicas else 0
     engine = ray_serve.deployment(
         name="Engine",
         **_scale(config),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from serve.http_errors import answer_to
 from serve.openai_answers import DONE, Answer, Usage, event
@@ -55,6 +58,23 @@ async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> Asy
         yield event(answer_to(error)[1])
     finally:
         stream.cancel()
+
+
+class Events(StreamingResponse):
+    """The response that sends them. A caller that has gone before the first one is due cancels the request, too: a generator
+    that was never begun has no end to do that in."""
+
+    def __init__(self, stream: Any, ask: Ask, answer: Answer, started: Started, headers: Mapping[str, str]) -> None:
+        body = events(stream, ask, answer, started)
+        super().__init__(body, media_type="text/event-stream", headers=headers)
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """As ASGI has it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._stream.cancel()
 
 
 def _usage(counts: Counts) -> Usage:

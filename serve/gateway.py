@@ -16,12 +16,12 @@ from typing import Any
 
 import ray.serve as ray_serve
 from fastapi import FastAPI, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from serve import endpoint_state, http_body
 from serve.adapter_uris import AdapterUris
 from serve.api_keys import ApiKey
-from serve.chunks import completion, events
+from serve.chunks import Events, completion
 from serve.desired import Base, Desired, EndpointFiles, ReplicaReport, live
 from serve.engine_calls import EngineCalls
 from serve.http_errors import HANDLERS, status_of
@@ -40,6 +40,7 @@ from service.registry import Registry
 
 ROUTES_AGE_S = 2.0  # they are read every second
 _WAIT_EVERY_S = 0.1
+_PARSED_HERE_BYTES = 65_536
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
 http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
 
@@ -107,7 +108,9 @@ class Gateway:
         since = self._metrics.now()
         try:
             http_body.allow(request, self._keys, "infer")
-            ask = parse(await http_body.read(request))
+            raw = await http_body.read(request)
+            # A large one was seen to take half a second, in which no other stream would get on.
+            ask = parse(raw) if len(raw) <= _PARSED_HERE_BYTES else await asyncio.to_thread(parse, raw)
             headers = http_body.ignored(request, ask.ignored)
             target, epoch = await self._target(ask.model, request.headers, ask.about)
             if target.split is not None and not target.has_key:
@@ -122,8 +125,7 @@ class Gateway:
         answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat, target.split, target.arm)
         headers |= answer.headers()
         if ask.stream:
-            body = events(stream, ask, answer, started)
-            return StreamingResponse(body, media_type="text/event-stream", headers=headers)
+            return Events(stream, ask, answer, started, headers)
         return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
 
     @http.get("/metrics")
@@ -238,6 +240,8 @@ class Gateway:
                 self._routes.changed()
                 raise ModelError(f"{entry.model} cannot be served as {name!r}: {reason}")
             everywhere = len(states) == len(reports) and set(states) == {"resident"}
+            if entry.follows and (now := (await asyncio.to_thread(self._files.read)).adapters.get(name)):
+                entry = now  # its alias may have moved
             if everywhere if wait.everywhere else "resident" in states:
                 return
             if time.monotonic() > deadline:

@@ -13,7 +13,8 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from service.errors import ClusterError, ModelError, RequestError
 from service.inference.engine import Chunk, GenerationRequest, OnChunk, SamplingParams
 
 _log = logging.getLogger(__name__)
-MAX_SCORES = 2**18  # log-probabilities of prompts in one answer
+MAX_SCORES = 2**18  # log-probabilities in one answer, of its prompts, and of what may follow where it comes whole
 
 
 class EngineReplica:
@@ -56,6 +57,7 @@ class EngineReplica:
         self._adapters = AdapterSync(self._engine, files, base.digest, self._name.replace("#", "-"), cache, uris)
         self._adapters.start()
         self._outboxes = Outboxes()
+        self._schemas = ThreadPoolExecutor(1, "loray-schemas")  # may take seconds each: the other threads read prompts
         self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))
         another = load_renderer(model.path, base.chat_template)
         self._prompts = Prompts(self._renderer, another, self._engine.max_context)
@@ -94,6 +96,7 @@ class EngineReplica:
         prompts = [await self._prompts.ids(prompt, ask.prompt_field) for prompt in ask.prompts]
         _check_scores(ask, sum(len(prompt) for prompt in prompts))
         samplings = [self._sampling(ask, len(prompt), seed) for prompt in prompts for seed in range(ask.n)]
+        _check_answer_scores(ask, samplings)
         echoed = [self._text(prompt, ids) for prompt, ids in zip(ask.prompts, prompts, strict=True)] if ask.echo else []
         await place.turn
         answering = await self._adapters.admit(target, epoch)
@@ -165,7 +168,7 @@ class EngineReplica:
         """Submit on another thread, because reading a schema takes a while. A caller that goes away meanwhile is counted
         down already; the thread cannot be stopped, so what it submits is cancelled."""
         running.up()
-        submitting = asyncio.ensure_future(asyncio.to_thread(self._engine.submit, request, on_chunk))
+        submitting = asyncio.get_running_loop().run_in_executor(self._schemas, self._engine.submit, request, on_chunk)
 
         def settle(done: asyncio.Future[None]) -> None:
             if done.exception() is None:
@@ -214,6 +217,17 @@ def _check_scores(ask: Ask, num_prompt_tokens: int) -> None:
             f"prompt: {num_prompt_tokens} tokens with {top} likeliest others each, {ask.n} times, are more than {MAX_SCORES} "
             "log-probabilities. Send fewer prompts at once, or ask for fewer logprobs.",
             "prompt",
+        )
+
+
+def _check_answer_scores(ask: Ask, samplings: Sequence[SamplingParams]) -> None:
+    """And of answers, where the gateway has to hold them all until the last one has ended."""
+    top, num_tokens = ask.sampling.logprobs, sum(sampling.max_tokens for sampling in samplings)
+    if top is not None and not ask.stream and num_tokens * (1 + top) > MAX_SCORES:
+        raise RequestError(
+            f"{ask.max_tokens_field}: up to {num_tokens} tokens in {len(samplings)} answers, with {top} likeliest others each, are "
+            f"more than {MAX_SCORES} log-probabilities. Ask for fewer tokens, answers or logprobs, or stream them.",
+            ask.max_tokens_field,
         )
 
 

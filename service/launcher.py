@@ -43,6 +43,7 @@ RAY_ENVIRONMENT = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # answers with log-probabilities are larger than 4 MiB
 }
 NO_WAIT = "scale.wait_s=0"  # what `--no-wait` stands for
+AGENT_WAIT_S = 60.0  # for a cluster to be able to take a job
 STOP_WAIT_S = 120  # between SIGTERM and SIGKILL: time for a checkpoint
 
 
@@ -167,13 +168,21 @@ def run_doctor(address: str, workers: int, env_vars: dict[str, str]) -> str:
 
 
 def _submit(client: Any, command: list[str], directory: Path, env_vars: dict[str, str], **options: Any) -> str:
-    return str(
-        client.submit_job(
-            entrypoint=shlex.join(["python", *command]),
-            runtime_env={"working_dir": str(directory), "env_vars": env_vars},
-            **options,
-        )
-    )
+    """The id of the job. A cluster that has just started refuses jobs until an agent has registered: it is asked again."""
+    deadline = time.monotonic() + AGENT_WAIT_S
+    while True:
+        try:
+            return str(
+                client.submit_job(
+                    entrypoint=shlex.join(["python", *command]),
+                    runtime_env={"working_dir": str(directory), "env_vars": env_vars},
+                    **options,
+                )
+            )
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 def job_client(address: str) -> Any:

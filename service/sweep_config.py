@@ -28,7 +28,14 @@ RANGES = ("log", "uniform", "integer", "choose")
 # What a run reports (training/loop.py).
 METRICS = (
     *("eval/loss", "eval/perplexity", "train/loss", "train/grad_norm", "train/tokens", "train/supervised_tokens"),
-    *("train/tokens_per_s", "train/epoch", "optim/lr", "optim/loss_scale", "memory/peak_bytes"),
+    *(
+        "train/tokens_per_s",
+        "train/data_wait_share",
+        "train/epoch",
+        "optim/lr",
+        "optim/loss_scale",
+        "memory/peak_bytes",
+    ),
 )
 # What population-based training may change in the middle of a run: no shape, and nothing that the order of rows follows from.
 LIVE = ("optim.lr", "optim.weight_decay", "optim.clip", "method.dropout")

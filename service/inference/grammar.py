@@ -31,6 +31,7 @@ class Grammars:
         self._tokenizer, self._stop_ids, self._vocabulary_size = tokenizer, sorted(stop_ids), vocabulary_size
         self._building = threading.Lock()
         self._tables: LLTokenizer | None = None
+        self._newest: tuple[str, LLMatcher] | None = None  # several answers to one request have one schema
 
     def matcher(self, json_schema: str) -> Matcher:
         """A matcher at the beginning of an answer. May take seconds. RequestError for a schema that cannot be followed."""
@@ -45,6 +46,9 @@ class Grammars:
             if self._tables is None:
                 ends = self._stop_ids or None
                 self._tables = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary_size, eos_token=ends)
+            newest = self._newest
+        if newest is not None and newest[0] == json_schema:
+            return Matcher(newest[1].deep_copy(), self._stop_ids, self._vocabulary_size)
         try:
             grammar = LLMatcher.grammar_from_json_schema(json_schema, defaults=_OPTIONS)
             inner = LLMatcher(self._tables, grammar, limits=LLParserLimits(step_lexer_fuel=_STEP_FUEL))
@@ -55,7 +59,9 @@ class Grammars:
             raise RequestError(
                 f"the JSON schema cannot be followed: {problem.strip()[:300]}. Simplify it.", "response_format"
             )
-        return Matcher(inner, self._stop_ids, self._vocabulary_size)
+        with self._building:
+            self._newest = json_schema, inner
+        return Matcher(inner.deep_copy(), self._stop_ids, self._vocabulary_size)
 
 
 class Matcher:

@@ -291,6 +291,8 @@ class TorchEngine:
     def _between_steps(self, command: Callable[[], Any]) -> Any:
         future: Future[Any] = Future()
         with self._changed:
+            if not self._pending():  # it was idle, and not stuck: `check` counts from now
+                self._advanced_at = time.monotonic()
             self._commands.append((command, future))
             self._changed.notify_all()
         while not future.done():
@@ -336,20 +338,42 @@ class TorchEngine:
     def _advance_rows(self) -> None:
         """One forward: a token for each decoding row, and as many tokens of prompts as may come beside them."""
         taking: list[tuple[RequestState, Piece]] = []
-        room = self._prompt_tokens if any(row.is_decoding for row in self._rows) else self._prompt_tokens_alone
+        reading = self._shares_of_prompts()
         for sequence in self._rows:
             assert sequence.slot is not None
             tokens: tuple[int, ...]
             if sequence.is_decoding:
                 tokens = (sequence.answer[-1],)
             else:
-                most = room if sequence.request.sampling.prompt_logprobs is None else min(room, _SCORED_TOKENS)
-                tokens = sequence.request.prompt_ids[sequence.num_fed : sequence.num_fed + most]
-                room -= len(tokens)
+                start = sequence.num_fed
+                tokens = sequence.request.prompt_ids[start : start + reading[sequence.request.id]]
             if tokens:
                 taking.append((sequence, Piece(sequence.slot, tokens)))
         done = self._guarded(lambda: self._forward(taking), [sequence for sequence, _ in taking])
         self._num_failed = 0 if done else self._num_failed + 1
+
+    def _shares_of_prompts(self) -> dict[str, int]:
+        """How many tokens of its prompt each row reads in this step, by request.
+
+        Half of the room is the oldest's, so that a long prompt gets on whatever comes; the rest goes to those that have
+        least left, so that a short one does not wait behind it.
+        """
+        prompts = [row for row in self._rows if not row.is_decoding]
+        room = self._prompt_tokens if len(prompts) < len(self._rows) else self._prompt_tokens_alone
+        shares = dict.fromkeys((row.request.id for row in prompts), 0)
+
+        def give(row: RequestState, most: int) -> int:
+            scored = row.request.sampling.prompt_logprobs is not None
+            left = (min(_SCORED_TOKENS, _left(row)) if scored else _left(row)) - shares[row.request.id]
+            given = min(left, most)
+            shares[row.request.id] += given
+            return given
+
+        for row in prompts[:1]:
+            room -= give(row, room - room // 2)
+        for row in sorted(prompts, key=_left):
+            room -= give(row, room)
+        return shares
 
     def _forward(self, taking: Sequence[tuple[RequestState, Piece]]) -> None:
         pieces = [piece for _, piece in taking]
@@ -483,3 +507,8 @@ class TorchEngine:
             for sequence in concerned:
                 self._finish(sequence, "error", error=reason)
             return False
+
+
+def _left(row: RequestState) -> int:
+    """Tokens of its prompt that are still to be read."""
+    return len(row.request.prompt_ids) - row.num_fed

@@ -302,6 +302,32 @@ def test_prompts_are_read_in_pieces_beside_rows_that_decode(llama: Bench) -> Non
     assert second.text == expected
 
 
+def test_a_short_prompt_does_not_wait_for_long_ones_that_came_before(llama: Bench) -> None:
+    """Three prompts of a hundred tokens, eight of them a step: the short one is through in two, and the first gets on."""
+    engine = llama.engine(max_context=128)
+    engine._prompt_tokens_alone = engine._prompt_tokens = 8
+    params = SamplingParams(max_tokens=2, temperature=0.0)
+    prompts = {str(start): tuple((7 * i + start) % 250 for i in range(100)) for start in range(3)}
+    long = {name: _submit(engine, GenerationRequest(name, prompt, params, None)) for name, prompt in prompts.items()}
+    for _ in range(3):
+        engine.step()
+    short = _submit(engine, GenerationRequest("short", (5, 6, 7, 8), params, "b"))
+    for _ in range(3):
+        engine.step()
+    assert sum(chunk.num_tokens for chunk in short.chunks) == 2
+    steps = 0
+    while not long["0"].chunks:
+        assert engine.step()
+        steps += 1
+    assert steps <= 100 / 4, "half of each step is the oldest's"
+    _drain(engine)
+    alone = llama.engine(max_context=128)
+    for name, prompt in prompts.items():
+        again = _submit(alone, GenerationRequest(name, prompt, params, None))
+        _drain(alone)
+        assert long[name].text == again.text
+
+
 def test_a_prefix_seen_before_is_not_computed_again_and_changes_nothing(llama: Bench) -> None:
     shared = tuple((5 * i) % 250 for i in range(70))
     sampling = SamplingParams(max_tokens=NUM_NEW, temperature=0.0)
@@ -769,6 +795,18 @@ def test_closing_ends_what_is_in_flight(llama: Bench) -> None:
     assert answers[-1].reason == "cancelled"
     with pytest.raises(ConflictError, match="closed"):
         _submit(engine, llama.requests("a")[0])
+
+
+def test_a_change_after_a_long_idle_time_is_not_taken_for_a_stuck_engine(llama: Bench) -> None:
+    engine = llama.engine(stall_after_s=5.0)
+    engine._advanced_at -= 100.0
+    with engine._stepping:  # so that it stays pending
+        unloading = threading.Thread(target=engine.unload_adapter, args=("a",))
+        unloading.start()
+        while not engine._commands:
+            unloading.join(0.01)
+        engine.check()
+    unloading.join()
 
 
 def test_check_raises_when_pending_work_does_not_advance(llama: Bench) -> None:

@@ -258,6 +258,7 @@ def test_a_split_divides_traffic_by_key_and_every_answer_says_its_arm(loaded: En
             assert float(line.rsplit(" ", 1)[1]) >= 2
         keyless = loaded.post(model="support", max_tokens=2).json()
         assert keyless["loray"]["arm"] == "control"
+        assert 'loray_keyless_requests_total{split="support"} 1.0' in loaded.http.get("/metrics").text
         by_field = loaded.post(model="support", max_tokens=2, metadata={"user": f"user-{seen['candidate']}"}).json()
         assert by_field["loray"]["arm"] == "candidate"
         assert loaded.http.delete("/v1/adapters/red@1").status_code == 409

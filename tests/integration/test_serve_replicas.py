@@ -72,6 +72,9 @@ def test_requests_go_where_their_adapter_is_resident(pair: Endpoint) -> None:
     for name in names:
         assert pair.ask(f"{name}@1") == expected[name]
     clear(pair)
+    everywhere = pair.http.put("/v1/adapters/red?wait=all_replicas", json={"model": "red@1"})
+    assert everywhere.status_code == 200 and list(_states(pair).values()) == ["resident"] * 2
+    clear(pair)
 
 
 def _each_on_its_own(

@@ -185,6 +185,47 @@ def test_an_evicted_adapter_comes_back_only_when_a_request_waits_for_it() -> Non
     assert bench.state(kept) is AdapterState.CACHED
 
 
+def test_one_that_is_put_again_while_it_makes_room_comes_back() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    assert bench.table.acquire("a1", None) == "a1"
+    bench.want(a="a1", b="b1")
+    bench.table.wait("b1")
+    bench.now_s += 5 * SLICE_S
+    bench.settle()
+    assert bench.table.adapters["a1"].closing
+    _put_again(bench, "a")
+    bench.release("a1")
+    assert bench.state("b1") is AdapterState.RESIDENT and bench.table.acquire("b1", None) == "b1"
+    bench.table.stop_waiting("b1")
+    bench.release("b1")
+    assert bench.state("a1") is AdapterState.RESIDENT
+    bench.want(a="a1", b="b1")
+    bench.settle()
+    assert list(bench.bank) == ["a1"], "and it is loaded once for each PUT"
+
+
+def test_one_that_is_put_again_and_evicted_in_the_same_step_comes_back() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    bench.want(a="a1", b="b1")
+    assert list(bench.bank) == ["b1"]
+    bench.table.wait("a1")
+    _put_again(bench, "b")
+    assert bench.table.acquire("a1", None) == "a1", "b1 has made room"
+    bench.table.stop_waiting("a1")
+    bench.release("a1")
+    assert bench.state("b1") is AdapterState.RESIDENT
+
+
+def _put_again(bench: Bench, label: str) -> None:
+    bench.epoch += 1
+    labels = registered(a="a1", b="b1")
+    labels[label] = labels[label].model_copy(update={"since": bench.epoch})
+    bench.table.want(bench.epoch, labels)
+    bench.settle()
+
+
 def test_adapters_that_are_waited_for_do_not_evict_each_other_and_each_has_its_turn() -> None:
     """Requests for three adapters on columns for one: a load for each answer, and the longest wait goes first."""
     bench, answered = Bench(columns=8), []

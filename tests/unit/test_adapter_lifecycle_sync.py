@@ -17,6 +17,7 @@ from serve.desired import EndpointFiles, ReplicaReport
 from serve.registration import register
 from serve.routing import Registered, Target
 from service.domain import Manifest
+from service.errors import NotFoundError
 from service.inference.engine import AdapterInfo, EngineStats, GenerationRequest, OnChunk
 from service.registry import ManifestDraft, Registry, model_digest
 
@@ -45,7 +46,8 @@ class SlowEngine:
         return self.resident[digest]
 
     def unload_adapter(self, digest: str) -> None:
-        del self.resident[digest]
+        if self.resident.pop(digest, None) is None:
+            raise NotFoundError(f"adapter {digest} is not resident.")
 
     def adapters(self) -> dict[str, AdapterInfo]:
         return dict(self.resident)
@@ -64,11 +66,11 @@ class SlowEngine:
     def close(self) -> None: ...
 
 
-def published(home: Path) -> Manifest:
+def published(home: Path, weights: bytes = b"weights") -> Manifest:
     source = home / "source"
-    source.mkdir()
+    source.mkdir(exist_ok=True)
     (source / "adapter_config.json").write_text("{}")
-    (source / "adapter_model.safetensors").write_bytes(b"weights")
+    (source / "adapter_model.safetensors").write_bytes(weights)
     draft = ManifestDraft(base_model="b", base_digest=BASE, renderer_digest="11", rank=4, alpha=8)
     return Registry(str(home)).publish("red", source, draft)
 
@@ -146,6 +148,39 @@ def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(
     assert adapter.state == "refused"
     assert "null" in adapter.detail
     assert "Traceback" in caplog.text
+
+
+def test_who_waits_for_a_version_waits_for_the_next_one_where_its_label_moves_on(tmp_path: Path) -> None:
+    files, engine, first = EndpointFiles(str(tmp_path), "e"), SlowEngine(), published(tmp_path)
+    second = published(tmp_path, b"other weights")
+    with running(engine, files, tmp_path / "cache") as sync:
+        register(files, {"red": entry(first)})
+        report = report_when(files, lambda r: first.digest in r.adapters)
+
+        async def admitted() -> Target:
+            asking = asyncio.create_task(sync.admit(Target(first.ref, first.digest, label="red"), report.epoch))
+            await asyncio.sleep(0)
+            assert sync._table.adapters[first.digest].waiting == 1
+            await asyncio.to_thread(register, files, {"red": entry(second)})
+            engine.may_load.set()
+            return await asyncio.wait_for(asking, DEADLINE_S)
+
+        answering = asyncio.run(admitted())
+        assert all(adapter.waiting == 0 for adapter in sync._table.adapters.values())
+        assert answering.digest in (first.digest, second.digest)
+        sync.release(answering)
+
+
+def test_an_adapter_that_the_engine_has_lost_is_unloaded_and_others_go_on(tmp_path: Path) -> None:
+    files, engine, first = EndpointFiles(str(tmp_path), "e"), SlowEngine(), published(tmp_path)
+    second = published(tmp_path, b"other weights")
+    engine.may_load.set()
+    with running(engine, files, tmp_path / "cache"):
+        register(files, {"red": entry(first)})
+        report_when(files, lambda r: first.digest in r.adapters and r.adapters[first.digest].state == "resident")
+        engine.resident.clear()
+        register(files, {"red": entry(second)})
+        report_when(files, lambda r: first.digest not in r.adapters and second.digest in r.adapters)
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,21 @@ def test_an_answer_that_failed_is_an_error_and_never_a_short_answer() -> None:
 
     last = asyncio.run(read())[-1]
     assert "[DONE]" not in last and json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+def test_a_caller_that_has_gone_before_the_first_event_cancels_its_request() -> None:
+    from serve.chunks import Events
+
+    stream = Stream(*PARTS)
+    sent = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        await asyncio.sleep(0.01)
+
+    response = Events(stream, replace(ASK, stream=True), ANSWER, Started("m", "d", 2), {})
+    asyncio.run(response({"type": "http"}, receive, send))
+    assert sent == ["http.response.start"] and stream.cancelled

@@ -16,12 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from service.domain import RunState
+from service.config import load_run
+from service.domain import ModelRef, RunState
+from service.kuberay.manifests import MOUNT, Pods, manifests
+from service.registry import Registry
 from service.runs import Run, list_runs
 from service.settings import Settings
+from service.training.checkpoint import newest_step
 from tests.integration import small_runs
-from tests.integration.place import ROOT, Place, wait_until
+from tests.integration.place import DEADLINE_S, ROOT, Place, wait_until
 
 pytestmark = pytest.mark.long
 # What a pod's preStop hook does, for a node that is named: here several nodes are on one machine.
@@ -205,3 +210,48 @@ def test_a_node_that_does_not_answer_is_a_problem_with_its_name(place: Place, no
     (problem,) = [check for check in checks if check["name"] == "answer"]
     assert silent.node_id[:6] in problem["where"] and problem["found"] == "no answer within 8 s" and problem["remedy"]
     assert sum(check["name"] == "versions" for check in checks) >= 2  # the others have answered
+
+
+def submitted(place: Place, nodes: Any, job: dict[str, Any], attempt: int) -> subprocess.Popen[str]:
+    """A RayJob's entrypoint, by the very line that the operator makes for the shell of its submitter."""
+    spec, directory = job["spec"], place.run_file.parent / "config-map"
+    environment = yaml.safe_load(spec["runtimeEnvYAML"])
+    environment["env_vars"] |= {name: place.environment[name] for name in ("LORAY_HOME", "LORAY_CACHE", "PYTHONPATH")}
+    address = f"http://{nodes.head_node.address_info['webui_url']}"
+    quoted = json.dumps(json.dumps(environment))
+    entrypoint = spec["entrypoint"].replace(str(MOUNT), str(directory))
+    line = f"ray job submit --address {address} --runtime-env-json {quoted} --submission-id attempt-{attempt} -- {entrypoint} ;"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{place.environment['PATH']}"
+    return subprocess.Popen(
+        ["/bin/bash", "-ce", "--", line], env={**place.environment, "PATH": path}, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_a_rayjobs_entrypoint_trains_and_its_next_attempt_goes_on(place: Place, nodes: Any) -> None:
+    """The first attempt is stopped in the middle, as by a head that goes; the operator then starts the same once more."""
+    long = load_run(str(place.run_file), ["optim.epochs=200", "publish=small"])
+    run_id = "20260101-000000-small-0001"
+    config_map, _, job = manifests(long, run_id, Pods(1, 1, 1, 1, 0, 4, 2, 10))
+    directory = place.run_file.parent / "config-map"
+    directory.mkdir()
+    for name, text in config_map["data"].items():
+        (directory / name).write_text(text.replace(str(MOUNT), str(directory)))
+    run = Run(place.settings.home, run_id)
+    with submitted(place, nodes, job, 1) as first:
+        try:
+            wait_until(lambda: first.poll() is not None or (newest_step(run.uri) or 0) >= 5, "there is a checkpoint")
+            run.request_stop("its head goes")
+            output, _ = first.communicate(timeout=DEADLINE_S)
+        finally:
+            first.kill()
+    assert first.returncode == 0, output
+    assert run.status().state is RunState.STOPPED, output
+    reached = run.status().step
+    with submitted(place, nodes, job, 2) as second:
+        output, _ = second.communicate(timeout=2 * DEADLINE_S)
+    assert second.returncode == 0, output
+    assert (run.status().state, run.status().details["attempt"]) == (RunState.SUCCEEDED, 2)
+    assert reached is not None and reached > 0
+    assert any(event["kind"] == "resumed" for event in run.events())
+    assert Registry(place.settings.home).manifest(ModelRef.parse("small@1")).run == run_id

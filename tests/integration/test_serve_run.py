@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from service.settings import Settings
+from tests.integration import tiny
 from tests.integration.serving import DEADLINE_S, HELLO, free_port, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
@@ -37,6 +38,12 @@ def running(cluster: str, dashboard: str, host: str, port: int) -> Iterator[dict
         subprocess.run(stop, env=dict(os.environ), cwd=ROOT, capture_output=True, timeout=120, check=True)
 
 
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With a context as long as the default: `serve run` takes plain values only."""
+    return tiny.save_base(tmp_path_factory.mktemp("base"), max_position_embeddings=2048)
+
+
 def command(base: Path) -> list[str]:
     return [SERVE, "run", "serve.app:build", f"model={base}", "endpoint=typed", "precision=fp32"]
 
@@ -48,16 +55,19 @@ def answers(url: str) -> bool:
         return False
 
 
-def test_serve_run_answers(ray_cluster: str, ray_dashboard: str, base: Path, settings: Settings) -> None:
+def test_serve_run_answers(
+    ray_cluster: str, ray_dashboard: str, base: Path, settings: Settings, tmp_path: Path
+) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with running(ray_cluster, ray_dashboard, "127.0.0.1", port) as environment:
         environment |= {"LORAY_HOME": settings.home, "LORAY_CACHE": str(settings.cache)}
-        driver = subprocess.Popen(
-            command(base), env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
+        log = tmp_path / "serve-run.log"
+        with log.open("w") as file:
+            driver = subprocess.Popen(command(base), env=environment, cwd=ROOT, stdout=file, stderr=file)
         try:
-            wait_until(lambda: answers(url), "it answers")
+            wait_until(lambda: driver.poll() is not None or answers(url), "it answers")
+            assert driver.poll() is None, log.read_text()[-3000:]
             body = {"model": base.name, "messages": HELLO, "max_tokens": 2}
             answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S)
             assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 2

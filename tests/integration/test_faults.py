@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import yaml
 
 from service import storage
 from service.domain import RunState
@@ -66,11 +67,22 @@ def test_workers_that_die_again_and_again_without_a_checkpoint_end_the_run(place
 
 @pytest.fixture
 def on_s3(place: Place, endpoint: Endpoint, s3_home: str) -> Place:
-    """The same with its home on S3, and a cluster that the driver starts itself, so that the workers have its credentials."""
+    """The same with home, model and data on S3, and a cluster that the driver starts itself, so that the workers have its
+    credentials."""
     environment = {name: value for name, value in place.environment.items() if name != "RAY_ADDRESS"}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     environment["LORAY_HOME"] = s3_home
-    return Place("", Settings(s3_home, place.settings.cache), environment, place.run_file)
+    config = yaml.safe_load(place.run_file.read_text())
+    given = storage.join(s3_home, "given")
+    for file in sorted(Path(config["model"]).iterdir()):
+        storage.write_bytes(storage.join(given, "base", file.name), file.read_bytes())
+    for side, file in config["data"].items():
+        storage.write_bytes(storage.join(given, f"{side}.jsonl"), Path(file).read_bytes())
+        Path(file).unlink()
+    data = {side: storage.join(given, f"{side}.jsonl") for side in config["data"]}
+    run_file = place.run_file.with_name("on-s3.yaml")
+    run_file.write_text(yaml.safe_dump({**config, "model": storage.join(given, "base"), "data": data}))
+    return Place("", Settings(s3_home, place.settings.cache), environment, run_file)
 
 
 LIMIT_KB = 3_500_000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -26,7 +27,7 @@ from service.settings import Settings
 from service.training.checkpoint import newest_step
 from service.training.loop import TrainJob, train
 from service.training.objectives.sft import Batch, SupervisedLoss
-from service.training.strategy import World
+from service.training.strategy import LossScale, World
 from tests.integration import small_runs
 from tests.integration.oracle import oracle_losses
 
@@ -319,6 +320,25 @@ def test_other_precisions_and_optimizers_learn_resume_bit_for_bit_and_pass_the_g
     assert names and all(
         storage.read_bytes(run.path("model", name)) == storage.read_bytes(whole.path("model", name)) for name in names
     )
+
+
+def test_steps_that_overflow_in_float16_are_made_again_and_no_row_is_lost(
+    run_file: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, finished: tuple[Run, TrainJob]
+) -> None:
+    monkeypatch.setattr(LossScale, "FIRST", 2.0**22)
+    run, job = small_runs.make_job(run_file, settings, ["precision=fp16", "memory.micro=6"])
+    train(job, World.current())
+    log = storage.read_bytes(run.path("logs", "a1-rank-00000.log")).decode()
+    assert "step 1: overflow in float16 at a loss scale of" in log
+    assert run.ledger() == finished[0].ledger()
+
+
+def test_a_profiled_run_leaves_a_trace_of_its_steps(run_file: Path, settings: Settings) -> None:
+    run, job = small_runs.make_job(run_file, settings, ["memory.micro=6"])
+    train(dataclasses.replace(job, profile=True), World.current())
+    trace = json.loads(gzip.decompress(storage.read_bytes(run.path("profile", "a1-rank-00000.json.gz"))))
+    assert sum(event["name"] == "aten::mm" for event in trace["traceEvents"]) > 10
+    assert "aten::mm" in storage.read_bytes(run.path("profile", "a1-rank-00000.txt")).decode()
 
 
 def test_a_checkpoint_every_so_many_minutes_comes_by_the_clock(run_file: Path, settings: Settings) -> None:

@@ -1,10 +1,10 @@
-"""A run's driver in a process of its own, and what can be seen of the run while it goes on."""
+"""A driver in a process of its own, and what can be seen of the run while it goes on."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import psutil
@@ -17,19 +17,26 @@ from tests.integration.place import ROOT, Place, wait_until
 @contextmanager
 def training(place: Place, *arguments: str) -> Iterator[tuple[Run, subprocess.Popen[str]]]:
     """A driver in a process of its own, and its run, a new one without `--resume`; ended at the end whatever happens."""
-    resumed = "--resume" in arguments
-    before = 0 if resumed else len(list_runs(place.settings.home))
+    given = () if "--resume" in arguments else (str(place.run_file),)
+    with driving(place, "jobs.train", *given, *arguments, found=lambda: list_runs(place.settings.home)) as process:
+        yield place.newest(), process
+
+
+@contextmanager
+def driving(
+    place: Place, module: str, *arguments: str, found: Callable[[], Sequence[object]]
+) -> Iterator[subprocess.Popen[str]]:
+    """A job's driver once what it makes is there, one more than was `found` before, or with `--resume` any."""
+    before = 0 if "--resume" in arguments else len(found())
     process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.train", *([] if resumed else [str(place.run_file)]), *arguments],
+        [sys.executable, "-m", module, *arguments],
         env=place.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     with process:
         try:
-            wait_until(
-                lambda: process.poll() is not None or len(list_runs(place.settings.home)) > before, "a run exists"
-            )
+            wait_until(lambda: process.poll() is not None or len(found()) > before, "it has begun")
             assert process.poll() is None, process.communicate()[0][-3000:]
-            yield place.newest(), process
+            yield process
         finally:
             process.kill()
 

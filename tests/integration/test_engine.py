@@ -466,13 +466,14 @@ def test_stop_ids_of_a_request_and_going_on_after_the_models_own(llama: Bench) -
     _drain(free)
     ids = [token for chunk in full.chunks for token in chunk.token_ids]
     engine = llama.engine(stop_ids=[ids[6]])
-    for options, most in (({"ignore_eos": True}, NUM_NEW), ({"ignore_eos": True, "stop_ids": (ids[3],)}, 4)):
+    until = ids.index(ids[3]) + 1
+    for options, number in (({"ignore_eos": True}, NUM_NEW), ({"ignore_eos": True, "stop_ids": (ids[3],)}, until)):
         answer = _submit(
             engine, llama.requests(None, sampling=SamplingParams(max_tokens=NUM_NEW, temperature=0.0, **options))[0]
         )
         _drain(engine)
-        assert sum(chunk.num_tokens for chunk in answer.chunks) <= most
-        assert answer.reason == ("length" if most == NUM_NEW else "stop")
+        assert sum(chunk.num_tokens for chunk in answer.chunks) == number
+        assert answer.reason == ("length" if number == NUM_NEW else "stop")
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,10 @@ def test_a_deleted_adapter_is_unknown_at_once_and_frees_its_columns(loaded: Endp
 def test_short_columns_evict_the_idle_and_requests_bring_the_evicted_back(loaded: Endpoint) -> None:
     before = loaded.ask("red")
     assert loaded.put("wide", "wide@1").status_code == 200
-    states = {a["name"]: a["state"] for a in loaded.http.get("/v1/adapters").json()["data"]}
-    assert states == {"wide": "resident", "red": "cached", "blue": "cached"}
+    data = loaded.http.get("/v1/adapters").json()["data"]
+    assert {a["name"]: a["state"] for a in data} == {"wide": "resident", "red": "cached", "blue": "cached"}
+    held = {a["name"]: sum(report["bytes"] for report in a["replicas"].values()) for a in data}
+    assert held["red"] == held["blue"] == 0 < held["wide"]
     assert loaded.ask("red") == before
 
 

@@ -24,8 +24,8 @@ from service.runs import Run, list_runs
 from service.settings import Settings
 from service.sweep_config import METRICS
 from tests.integration import small_runs
-from tests.integration.drivers import checkpoints
-from tests.integration.place import ROOT, Place, base, place, wait_until
+from tests.integration.drivers import checkpoints, driving
+from tests.integration.place import Place, base, place, wait_until
 from tune.directory import Sweep, TrialRecord, TrialRun, list_sweeps
 from tune.sweep_file import load_sweep
 from tune.trials import EARLY, ENDED, Trial, Trials, TrialState
@@ -57,20 +57,8 @@ def write(directory: Path, space: dict[str, Any], **blocks: Any) -> Path:
 @contextmanager
 def sweeping(place: Place, *arguments: str) -> Iterator[tuple[Sweep, subprocess.Popen[str]]]:
     """A sweep's driver in a process of its own, ended at the end whatever happens."""
-    before = 0 if "--resume" in arguments else len(list_sweeps(place.settings.home))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "jobs.sweep", *arguments],
-        env=place.environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    with process:
-        try:
-            wait_until(
-                lambda: process.poll() is not None or len(list_sweeps(place.settings.home)) > before, "a sweep exists"
-            )
-            assert process.poll() is None, process.communicate()[0][-3000:]
-            yield list_sweeps(place.settings.home)[-1], process
-        finally:
-            process.kill()
+    with driving(place, "jobs.sweep", *arguments, found=lambda: list_sweeps(place.settings.home)) as process:
+        yield list_sweeps(place.settings.home)[-1], process
 
 
 def swept(place: Place, *arguments: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -135,6 +135,17 @@ def newest_step(run_uri: str) -> int | None:
         if storage.exists(storage.join(layout.directory_of(run_uri, step), layout.INDEX)):
             return step
     return None
+
+
+def demand_same(run_uri: str, identity: Identity) -> None:
+    """Raises ConfigError, with every difference, where the newest checkpoint is of another identity. Not a collective: for
+    whoever has not started workers yet."""
+    step = newest_step(run_uri)
+    if step is None:
+        return
+    directory = layout.directory_of(run_uri, step)
+    with suppress(NotWholeError, NotFoundError):  # the workers look at the one before
+        _demand_same(identity, layout.read_index(directory), directory)
 
 
 def _open_together(

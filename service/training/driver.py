@@ -29,6 +29,7 @@ from service.runs import Run, list_runs
 from service.settings import Settings, scratch
 from service.status import beating, life, this_process
 from service.training.attempts import train_to_the_end
+from service.training.checkpoint import demand_same
 from service.training.exported import Exported
 from service.training.loop import Metrics, TrainJob, TrainResult
 from service.training.patience import Patience
@@ -63,6 +64,8 @@ def train_run(
     line = f"Planning: model {resolved.config.model.id}, data {resolved.config.data.train}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)
     plan = make_run_plan(resolved, settings, digests(resume))
+    if resume:
+        demand_same(resume.uri, _job(resolved, settings, resume, 0, plan).identity)
     run = resume or Run.create(settings.home, run_name(resolved), resolved.text, resolved.as_json(), id=run_id)
     if resume:
         run.set_resolved(resolved.as_json())  # with what was set on resuming

@@ -20,6 +20,7 @@ from service.domain import ModelRef, RunState
 from service.registry import Registry
 from service.runs import list_runs
 from service.training.checkpoint import newest_step
+from tests.integration import tiny
 from tests.integration.place import DEADLINE_S, ROOT, SCRIPTS, Place, base, losses, place, wait_until
 
 __all__ = ["base", "place"]  # fixtures
@@ -146,8 +147,9 @@ def test_a_base_model_may_be_named_by_a_relative_path(place: Place, base: Path) 
 
 
 @pytest.mark.long
-def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place) -> None:
-    place.loray("train", str(place.run_file), "-d", "--set", "optim.epochs=2000")
+def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place, tmp_path: Path) -> None:
+    own = tiny.save_base(tmp_path / "own")
+    place.loray("train", str(place.run_file), "-d", "--set", "optim.epochs=2000", "--set", f"model={own}")
     run = place.newest()
     wait_until(lambda: len(losses(run)) > 3, "it trains")
     refused = place.loray("train", "--resume", run.id, expect=1)
@@ -162,6 +164,10 @@ def test_a_detached_run_stops_with_a_checkpoint_and_goes_on(place: Place) -> Non
     assert resolved["sources"]["optim.epochs"] == "--set"
     refused = place.loray("runs", "stop", "latest", expect=1)
     assert "nothing to stop" in refused
+    tiny.save_base(own, seed=1)  # another model in its place
+    attempts, refused = run.status().details["attempt"], place.train("--resume", run.id, expect=2)
+    assert "was made by another training" in refused and "digest of the base model" in refused
+    assert run.status().details["attempt"] == attempts and run.status().state is RunState.STOPPED
 
 
 @pytest.mark.long

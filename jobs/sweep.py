@@ -17,6 +17,7 @@ from rich.console import Console
 
 from service.errors import LorayError
 from service.settings import load_settings
+from service.versions import skew
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run as the command line says; the exit code. The last line printed is the reason of a failure."""
     given = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    if differing := skew():
+        console.print(differing, highlight=False, soft_wrap=True, style="yellow")
     try:
         run(given.sweep_file, given.resume, given.set, console)
     except LorayError as error:

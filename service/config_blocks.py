@@ -399,7 +399,7 @@ class KubernetesBlock(Block):
     cpus: int = Field(default=1, ge=1)  # for each worker
     nodes: dict[str, str] = {}
     retries: int = Field(default=3, ge=0)
-    deadline_s: int = Field(default=3 * 86400, ge=1)  # for all attempts together
+    deadline_s: int = Field(default=3 * 86400, ge=1)  # for each attempt
 
 
 class RunConfig(Block):

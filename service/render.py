@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,6 +26,10 @@ TrainOn = Literal["responses", "all", "last"]
 T = TypeVar("T")
 RENDERER_VERSION = 1
 ROLES = ("system", "user", "assistant")
+# A template that asks for the day gets this one, which Llama's own have where they are told none: what is trained today is
+# what is served tomorrow.
+_TODAY = datetime(2024, 7, 26, tzinfo=UTC)
+_ASKS_THE_DAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"]*)(?P=quote)\s*\)""")
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class Renderer:
 
     def texts(self, texts: Sequence[str]) -> list[Example]:
         """`text` of many texts, tokenised together. Raises ModelError where the tokenizer names no EOS."""
+        if not texts:
+            return []
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise ModelError(
@@ -282,12 +290,18 @@ def load_renderer(path: Path, chat_template: str | None = None) -> Renderer:
         raise ModelError(
             f"the tokenizer in {path} has no chat template. Set model.chat_template to the path of a Jinja template."
         )
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = _ASKS_THE_DAY.sub(_the_day, tokenizer.chat_template)
     stop_ids = _stop_ids(path, tokenizer)
     if not stop_ids:
         raise ModelError(
             f"neither the tokenizer nor generation_config.json in {path} names an end-of-sequence token. Set eos_token."
         )
     return Renderer(tokenizer, stop_ids)
+
+
+def _the_day(asked: re.Match[str]) -> str:
+    return json.dumps(_TODAY.strftime(asked["format"]))
 
 
 def _stop_ids(path: Path, tokenizer: Any) -> frozenset[int]:

@@ -385,4 +385,4 @@ def _advice(error: Exception, code: str) -> str:
         return "Create the bucket, or correct the URI."
     if isinstance(error, PermissionError) or "Credential" in type(error).__name__:
         return "Check the AWS_* credentials and the bucket's policy."
-    return "Check AWS_ENDPOINT_URL, AWS_REGION and the network, then repeat."
+    return "Check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the network, then repeat."

@@ -54,7 +54,8 @@ def _home(value: str, environ: Mapping[str, str], problems: list[str]) -> str:
     except ConfigError as error:
         problems.append(f"LORAY_HOME: {error}")
         return value
-    if value.startswith("~") and environ.get(_POD):
+    own = storage.local_path(_expand(DEFAULT_HOME, environ))
+    if environ.get(_POD) and (value.startswith("~") or storage.local_path(value) == own):
         problems.append(
             f"LORAY_HOME is {value}, and this is a Kubernetes pod: what is written there is gone with the pod, and no other "
             "pod sees it. Set LORAY_HOME to s3://bucket/prefix, or to a directory of a volume that all pods mount."

@@ -78,6 +78,14 @@ def size(uri: str) -> int:
         return local_path(uri).stat().st_size
 
 
+def stamp(uri: str) -> str:
+    """Another one for every time that a file was written: the ETag on S3, else when it was changed. Nothing is read."""
+    if not is_local(uri):
+        return s3.tag(uri)
+    with _reported(uri, "looked up"):
+        return str(local_path(uri).stat().st_mtime_ns)
+
+
 def tag(uri: str) -> str:
     """The tag that `read_tagged` would give: equal tags mean equal content. On S3 nothing is read for it."""
     return s3.tag(uri) if not is_local(uri) else read_tagged(uri)[1]

@@ -105,7 +105,9 @@ def check(
     config = run_config(file, model, run)
     from service.cli.checked import Outputs, check_file
 
-    evaluation = against or (config.data.eval if config.data.eval != file else None)
+    evaluation = against or (
+        config.data.eval if config.data.eval and _place(config.data.eval) != _place(file) else None
+    )
     checkup = check_file(
         (file, reading_of(file, config)),
         (evaluation, reading_of(evaluation, config)) if evaluation else None,
@@ -130,12 +132,14 @@ def run_config(file: str, model: str | None, run: str | None) -> RunConfig:
 
 def reading_of(file: str, config: RunConfig) -> ReadingBlock:
     """How the rows of a file are understood: as its source says where it is one of the run's, else as `data` does."""
+
+    return next((source for source in config.data.sources if _place(source.uri) == _place(file)), config.data)
+
+
+def _place(uri: str) -> str:
     from service import storage
 
-    def place(uri: str) -> str:
-        return str(storage.local_path(uri)) if storage.is_local(uri) else uri
-
-    return next((source for source in config.data.sources if place(source.uri) == place(file)), config.data)
+    return str(storage.local_path(uri)) if storage.is_local(uri) else uri
 
 
 def renderer_of(config: RunConfig) -> Renderer:

@@ -77,6 +77,8 @@ def open_source(uri: str) -> Source:
     pieces = tuple(piece for scan in scans for piece in scan.pieces)
     if not pieces:
         raise DataError(f"{uri} is empty: it holds no row. Is it the right file, and has its writer finished?")
+    if hollow := [whole.file for whole, scan in zip(files, scans, strict=True) if not scan.pieces]:
+        raise DataError(f"{uri}: {hollow[:8]} hold no row. Was their upload cut off? Write them again, or remove them.")
     if len({piece.kind for piece in pieces}) > 1:
         raise DataError(
             f"{uri}: some of its .json files are lists, some are JSON lines. Name the latter .jsonl, and keep one kind."
@@ -96,7 +98,7 @@ def read_piece(piece: Piece) -> Iterator[Record | Problem]:
     if piece.kind == "hub":
         yield from hub.read(piece)
         return
-    if storage.size(piece.uri) != piece.file_bytes:
+    if storage.size(piece.uri) != piece.file_bytes or storage.stamp(piece.uri) != piece.stamp:
         raise DataError(f"{piece.uri} changed while it was being read. Wait until its writer is done, then repeat.")
     with closing(storage.open_read(piece.uri)) as stream, _whole_file(piece):
         if piece.kind in _TABLES:
@@ -136,7 +138,7 @@ def _whole(uri: str, file: str) -> Piece:
     if kind in _TABLES and compression:
         raise DataError(f"{uri}: a {kind} file is compressed inside. Decompress it, and drop the ending.")
     try:
-        return Piece(uri, kind or "jsonl", storage.size(uri), file, compression)
+        return Piece(uri, kind or "jsonl", storage.size(uri), file, compression, stamp=storage.stamp(uri))
     except NotFoundError:
         raise DataError(f"{uri}: the data file does not exist. Check data.train and data.eval.") from None
 

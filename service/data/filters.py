@@ -6,7 +6,7 @@ from collections import Counter
 
 from service.config import FilterBlock
 from service.data.language import UNDETERMINED, language_of
-from service.data.rows import Row, texts
+from service.data.rows import Row, said, texts
 
 NGRAM = 10  # words; of 5 to 10 that Gopher's rules look at, the longest: arXiv:2112.11446 table A1
 
@@ -24,7 +24,7 @@ def reason(row: Row, block: FilterBlock) -> str | None:
         return f"more than {block.max_chars} characters (data.filter.max_chars)"
     if block.max_repetition < 1 and repetition(parts) > block.max_repetition:
         return f"over {block.max_repetition:.0%} in repeated {NGRAM}-grams of words (data.filter.max_repetition)"
-    if block.languages and (found := language_of("\n".join(parts))) not in (*block.languages, UNDETERMINED):
+    if block.languages and (found := language_of(said(row.content))) not in (*block.languages, UNDETERMINED):
         return f"in the language {found} (data.filter.languages)"
     return None
 

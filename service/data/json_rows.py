@@ -32,6 +32,14 @@ def decode(text: bytes) -> dict[str, Any] | str:
     return row
 
 
+def decode_cell(text: str) -> Any:
+    """Any value of JSON text that stands in a row, as strictly. Raises ValueError."""
+    value = _JSON.decode(text)
+    if "\\u" in text and _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("it has a lone surrogate, which is no text")
+    return value
+
+
 def too_large(num_bytes: int) -> str:
     """What is said of a row that was left out unread."""
     return f"has {num_bytes:,} bytes, and a row has at most {MAX_ROW_BYTES:,}. Is every row on its own, and every quote closed?"
@@ -57,8 +65,8 @@ def _lone_surrogate(row: dict[str, Any]) -> str | None:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for index, key in enumerate(keys) if key in keys[:index])
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {json.dumps(twice)} stands twice")
     return row
 

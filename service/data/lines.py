@@ -134,9 +134,16 @@ def _begin_csv(chunks: Iterable[bytes], whole: Piece) -> tuple[Piece, Iterator[M
     heading = next(table.rows(), [])
     if isinstance(heading, str) or _broken_cell(heading) is not None:
         raise DataError(f"{whole.uri}: the heading {heading if isinstance(heading, str) else 'is no UTF-8.'}")
-    columns = tuple(name.removeprefix("\ufeff") for name in heading)
+    columns = (_first_name(heading[0]), *heading[1:]) if heading else ()
     check_columns(columns, whole.uri)
     return replace(whole, columns=columns, start=table.offset), _csv_marks(table)
+
+
+def _first_name(cell: str) -> str:
+    """The first column's name: behind a byte order mark its quotes are not read as such."""
+    name = cell.removeprefix("\ufeff")
+    quoted = name != cell and len(name) > 1 and name[0] == name[-1] == '"'
+    return name[1:-1].replace('""', '"') if quoted else name
 
 
 def _csv_marks(table: _Csv) -> Iterator[Mark]:

@@ -6,6 +6,7 @@ hashes, short answers that may be classes, and, of the first `near_rows` rows, w
 
 from __future__ import annotations
 
+import json
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -18,7 +19,7 @@ from service.data import suspicious
 from service.data import thresholds as at
 from service.data.language import UNDETERMINED, language_of
 from service.data.rendered import examples_of_rows
-from service.data.rows import Conversation, Labelled, Preference, Problem, Row, texts
+from service.data.rows import Conversation, Labelled, Preference, Problem, Row, said, texts
 from service.data.sameness import NearTexts, Parts, parts_of
 from service.render import Message, Rendered, Renderer
 
@@ -151,7 +152,7 @@ class Observed:
     def _text(self, row: Row) -> None:
         """What its texts hold that should not be there."""
         fields = list(texts(row.content))
-        whole = "\n".join(text for _, text in fields)
+        whole = "\n".join([*(text for _, text in fields), *_called(row)])
         for kind, looks in (("secret", suspicious.secrets), ("personal_data", suspicious.personal)):
             if found := list(looks(whole)):
                 self.marked[kind].add(row.number, kinds=found)
@@ -209,14 +210,16 @@ class Observed:
                 self.marked["truncated_away"].add(number)
 
 
+def _called(row: Row) -> list[str]:
+    """What tools were asked, as text."""
+    if not isinstance(row.content, Conversation):
+        return []
+    return [json.dumps(turn["tool_calls"], ensure_ascii=False) for turn in row.messages if turn.get("tool_calls")]
+
+
 def _language(row: Row) -> str:
-    """Of what is asked and answered: system prompts are often the same, and in English."""
-    if isinstance(row.content, Conversation):
-        said = "\n".join(str(turn.get("content") or "") for turn in row.messages if turn["role"] != "system")
-    else:
-        said = "\n".join(text for _, text in texts(row.content))
     found = language_of(
-        said[: at.LANGUAGE_CHARS], confidence=at.LANGUAGE_CONFIDENCE, letter_bytes=at.LANGUAGE_LETTER_BYTES
+        said(row.content)[: at.LANGUAGE_CHARS], confidence=at.LANGUAGE_CONFIDENCE, letter_bytes=at.LANGUAGE_LETTER_BYTES
     )
     return UNDETERMINED if found in NO_LANGUAGE else found
 

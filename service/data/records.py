@@ -47,6 +47,7 @@ class Piece:
     first: int = 1  # number of its first row
     start: int = 0
     end: int = 0
+    stamp: str = ""  # when it was opened (`storage.stamp`): one of another is another file, of the same size too
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,13 @@ class Problem:
     line: bytes = field(default=b"", repr=False, compare=False)  # what stands there, where it is text that is no row
 
 
+def said(content: Content) -> str:
+    """What is asked and answered, whose language is the row's: system prompts are often the same, and in English."""
+    if isinstance(content, Conversation):
+        return "\n".join(str(turn.get("content") or "") for turn in content.messages if turn["role"] != "system")
+    return "\n".join(text for _, text in texts(content))
+
+
 def texts(content: Content) -> Iterator[tuple[str, str]]:
     """Every text of a row with the name of its field, as a user knows it: `messages[1].content`."""
     if isinstance(content, Conversation):

@@ -104,7 +104,7 @@ def _keys_by_class(rows: Iterable[Row], block: SplitBlock) -> dict[str, Keys]:
     keys, classes, names = array("Q"), array("Q"), dict[str, int]()
     missing, num_missing = list[str](), 0
     for row in rows:
-        if needed and row.value(needed) is None:
+        if needed and row.value(needed) in (None, ""):  # an empty cell of CSV
             num_missing += 1
             missing += [f"{row.file} {row.number}".strip()] if num_missing <= _SHOWN else []
         keys.append(_key(row, block.group))

@@ -42,15 +42,34 @@ def read(stream: BinaryIO, piece: Piece) -> Iterator[Record | Problem]:
 
 def records(batches: Iterator[Any], schema: Any, piece: Piece) -> Iterator[Record | Problem]:
     """Numbered from the piece's first row; a row that is too large, or that Python cannot hold, is a Problem."""
-    named = _classes(schema)
+    named, nested = _classes(schema), [field.name for field in schema if _has_objects(field.type)]
     number = piece.first
     for batch in _small(batches):
         for values in _rows(_without_nan(batch)):
             if isinstance(values, str):
                 yield Problem(number, values, piece.file)
             else:
-                yield Record(number, {**values, **{key: name(values[key]) for key, name in named.items()}}, piece.file)
+                values |= {key: name(values[key]) for key, name in named.items()}
+                values |= {key: _without_missing(values[key]) for key in nested}
+                yield Record(number, values, piece.file)
             number += 1
+
+
+def _has_objects(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_struct(kind) or (types.is_nested(kind) and any(_has_objects(f.type) for f in _fields(kind)))
+
+
+def _fields(kind: Any) -> list[Any]:
+    return [kind.field(index) for index in range(kind.num_fields)]
+
+
+def _without_missing(value: Any) -> Any:
+    """Objects without their nulls: a column of them has the keys of all rows, and null where a row has none of that key."""
+    if isinstance(value, dict):
+        return {key: _without_missing(inner) for key, inner in value.items() if inner is not None}
+    return [_without_missing(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _open(stream: BinaryIO, piece: Piece) -> Any:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,7 +29,7 @@ from service.data.split import Side, Sides
 from service.errors import ModelError
 from service.render import Example, Renderer, TrainOn
 
-PREPARE_VERSION = 2  # of what rows become: another one prepares all data again
+PREPARE_VERSION = 3  # of what rows become: another one prepares all data again
 KEPT = 20  # messages of a kind; the others are counted
 CHUNK_ROWS = 512  # rendered at once
 CHUNK_CHARACTERS = 2**22  # and no more than these, but for a single row
@@ -194,8 +196,10 @@ def _score(row: Row, recipe: Recipe, tally: Tally) -> float | None:
     if recipe.score is None:
         return None
     value: Any = row.value(recipe.score)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    with suppress(ValueError, TypeError):
+        number = math.nan if isinstance(value, bool) or value is None else float(value)  # a cell of CSV is text
+        if math.isfinite(number):
+            return number
     shown = "missing" if value is None else f"{value!r}"[:60]
     tally.problems.add(
         f"{_named(row)}: field {recipe.score!r} is {shown}, wanted a number: data.curriculum goes by it."

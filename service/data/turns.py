@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from service.data.json_rows import decode_cell
 from service.data.rows import Conversation
 from service.render import Message
 
@@ -105,7 +106,7 @@ def decoded(value: Any) -> Any:
     """The list or object that a cell of a table holds as JSON text; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
+            return decode_cell(value)
         except (ValueError, RecursionError):
             return value
     return value

@@ -210,8 +210,13 @@ def _fill_in(template: Manifest, name: str, version: str, kubernetes: Kubernetes
 
 
 def _size(group: Manifest, kubernetes: KubernetesBlock, pods: Pods) -> None:
-    """The workers' own: how many, how large, and where."""
-    group |= {"replicas": pods.most, "minReplicas": pods.least, "maxReplicas": pods.most}
+    """The workers' own: how many, how large, and where.
+
+    The operator takes a job for begun when all pods are there that were wanted at first. Kueue lets it begin with all; where
+    there is no queue, with as many as the run needs: more are for `kubectl patch raycluster`, and the run takes them.
+    """
+    first = pods.most if kubernetes.queue else pods.least
+    group |= {"replicas": first, "minReplicas": pods.least, "maxReplicas": pods.most}
     spec = group["template"]["spec"]
     spec["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"] = dict(group["template"]["metadata"]["labels"])
     amounts = {"cpu": str(pods.cpus), "memory": f"{pods.memory_gib}Gi"}

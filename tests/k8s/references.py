@@ -143,6 +143,8 @@ def _selectors(documents: Sequence[Manifest]) -> Iterator[str]:
         selector = spec["podSelector"] if document["kind"] == "NetworkPolicy" else spec["selector"]
         if not any(matches(selector, pod.labels) for pod in there):
             yield f"{called(document)} selects no pod"
+        if "maxUnavailable" in spec:  # Ray's pods have owners without a scale subresource, whose number nobody can tell
+            yield f"{called(document)} counts in maxUnavailable, which allows nothing"
 
 
 def _monitors(documents: Sequence[Manifest], secrets: Secrets) -> Iterator[str]:

@@ -77,7 +77,7 @@ def test_sizes_places_and_image_are_the_run_files(tmp_path: Path) -> None:
         1,
         60,
     )
-    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (1, 2, 2)
+    assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (1, 1, 2)
     assert pod["containers"][0]["resources"]["limits"] == {"cpu": "64", "memory": "200Gi", "nvidia.com/gpu": "8"}
     assert pod["nodeSelector"] == {"zone": "a"}
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service import storage
-from service.data import files, records
+from service.data import files, json_rows, records
 from service.data.files import Piece, Record, Source, open_source, read_piece
 from service.data.records import MAX_COLUMNS, MAX_DEPTH, MAX_ROW_BYTES
 from service.data.rows import Problem
@@ -214,6 +214,43 @@ def test_a_file_that_changed_after_it_was_opened_is_refused(home: str) -> None:
     storage.write_bytes(uri, _jsonl(ROWS[1:]))
     with pytest.raises(DataError, match="changed while it was being read"):
         _all(source)
+
+
+def test_a_file_that_changed_and_kept_its_size_is_refused(home: str) -> None:
+    uri = storage.join(home, "rows.jsonl")
+    storage.write_bytes(uri, _jsonl(ROWS))
+    source = open_source(uri)
+    storage.write_bytes(uri, _jsonl(ROWS).replace(b"row 7", b"row X"))
+    with pytest.raises(DataError, match="changed while it was being read"):
+        _all(source)
+
+
+def test_a_file_of_a_directory_that_holds_no_row_is_named(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(_jsonl(ROWS))
+    (tmp_path / "cut.jsonl").write_bytes(b"")
+    with pytest.raises(DataError, match=r"\['cut.jsonl'\] hold no row"):
+        open_source(str(tmp_path))
+
+
+def test_objects_in_a_table_have_their_own_keys_only(tmp_path: Path) -> None:
+    """A column of objects has the keys of all rows: what one row lacks is no null of its own."""
+    rows: Rows = [{"calls": [{"arguments": {"a": 1}}]}, {"calls": [{"arguments": {"b": "x"}}]}, {"calls": None}]
+    for name, content in (("rows.parquet", _parquet(rows)), ("rows.arrow", _arrow(rows))):
+        (tmp_path / name).write_bytes(content)
+        assert [record.values for record in _all(open_source(str(tmp_path / name)))] == rows  # type: ignore[union-attr]
+
+
+def test_a_heading_in_quotes_behind_a_byte_order_mark_is_read_as_without(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_bytes(b'\xef\xbb\xbf"say ""hi""",b\n1,2\n')
+    (record,) = _all(open_source(str(tmp_path / "rows.csv")))
+    assert isinstance(record, Record) and record.values == {'say "hi"': "1", "b": "2"}
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once() -> None:
+    pairs = [(str(number), 1) for number in range(200_000)]
+    with pytest.raises(ValueError, match='the key "7" stands twice'):
+        json_rows._unique_keys([*pairs, ("7", 2)])
 
 
 BAD_FILES = [

@@ -51,3 +51,13 @@ def test_other_languages_are_left_out_and_what_is_too_short_to_tell_stays() -> N
     assert _reason(german, languages=["en", "de"]) is None
     assert _reason("My order has not arrived yet, can you help?", languages=["en"]) is None
     assert _reason("OK", languages=["de"]) is None
+
+
+def test_the_language_of_a_conversation_is_not_that_of_its_system_prompt() -> None:
+    turns = [
+        {"role": "system", "content": "You are a helpful assistant who answers every question of our customers. " * 20},
+        {"role": "user", "content": "Wo bleibt meine Bestellung, die ich vor zwei Wochen aufgegeben habe?"},
+        {"role": "assistant", "content": "Sie wurde gestern verschickt und kommt voraussichtlich am Freitag an."},
+    ]
+    assert _reason(Conversation(tuple(turns)), languages=["de"]) is None
+    assert _reason(Conversation(tuple(turns)), languages=["en"]) == "in the language de (data.filter.languages)"

@@ -360,3 +360,19 @@ def test_what_others_set_on_the_tokenizer_changes_no_example(tmp_path: Path) -> 
     before = renderer.examples(TALK)
     renderer.tokenizer(["a", "a longer one"], padding="max_length", truncation=True, max_length=3)
     assert renderer.examples(TALK) == before
+
+
+def test_a_template_that_asks_for_the_day_gets_the_same_one_every_day(tmp_path: Path) -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    save_tokenizer(tmp_path, dated)
+    renderer = load_renderer(tmp_path)
+    assert renderer.tokenizer.decode(renderer.prompt_ids(TALK[:1])).startswith("26 Jul 2024")
+
+
+def test_conversations_need_no_end_of_sequence_token(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path, CHATML)
+    renderer = load_renderer(tmp_path)
+    renderer.tokenizer.eos_token = None
+    assert renderer.texts([]) == []
+    with pytest.raises(ModelError, match="names no end-of-sequence token"):
+        renderer.texts(["a"])

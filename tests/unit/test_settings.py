@@ -55,10 +55,12 @@ def test_importing_the_storage_side_imports_no_heavy_library() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
-@pytest.mark.parametrize("home", ["", "~/.loray"])
+@pytest.mark.parametrize("home", ["", "~/.loray", "/home/loray/.loray"])
 def test_a_pods_own_home_directory_is_refused_because_it_would_vanish(home: str) -> None:
     pod = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "HOME": "/home/loray"}
-    with pytest.raises(ConfigError, match=r"LORAY_HOME is ~/\.loray, and this is a Kubernetes pod.*s3://bucket/prefix"):
+    with pytest.raises(
+        ConfigError, match=r"LORAY_HOME is (~|/home/loray)/\.loray, and this is a Kubernetes pod.*s3://bucket/prefix"
+    ):
         load_settings({**pod, "LORAY_HOME": home})
     assert load_settings({**pod, "LORAY_HOME": "s3://loray/home"}).home == "s3://loray/home"
     assert load_settings({**pod, "LORAY_HOME": "/mnt/shared"}).home == "/mnt/shared"

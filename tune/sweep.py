@@ -40,6 +40,7 @@ LOOK_EVERY_S = 1.0
 LOOKING_SHARE = 0.1  # of the driver's time at most, where looking at many trials takes long
 SHARING_AT_ONCE = 4  # trials on one copy of the base, unless search.parallel says how many
 PBT_KEEPS = 4  # checkpoints: one that is being taken over must not be pruned
+BUDGET = "the budget"  # what a stop begins with that a budget asks for
 RESUMABLE = ("search.trials", "search.parallel", "search.budget", "publish")
 
 
@@ -49,8 +50,8 @@ def run_sweep(resolved: ResolvedSweep, settings: Settings, console: Console, *, 
     job, parallel = _planned(resolved, settings, console)
     sweep = resume or Sweep.create(settings.home, _name(resolved), resolved)
     spent_s = float(sweep.status().details.get("seconds", 0.0))
+    sweep.clear_stop()  # what is asked from now on stays
     sweep.set_state(RunState.RUNNING, **this_process())
-    sweep.clear_stop()
     job = TrialJob(**{**vars(job), "sweep": sweep.id})
     try:
         _say(console, f"Sweep {sweep.id}  ({sweep.uri})")
@@ -97,7 +98,9 @@ def publish_best(sweep: Sweep, family: str, settings: Settings) -> Manifest:
     def publish() -> Manifest:
         config = run_from_json(run.resolved(), run.run_yaml())
         plan = make_run_plan(config, settings, digests(run))
-        figures = {name: value for name, value in run.metrics()[-1].items() if name != "step" and value is not None}
+        step = run.status().step
+        rows = [row for row in run.metrics() if row["step"] == step]
+        figures = {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
         return publish_model(family, run, config, settings, plan, figures)
 
     return published_once(family, run, registry, publish)
@@ -123,9 +126,9 @@ def write_leaderboard(sweep: Sweep, resolved: ResolvedSweep, trials: Sequence[Tr
 def over_budget(search: SearchBlock, tokens: int, seconds: float) -> str | None:
     """Why the sweep must end, where its budget is spent."""
     if search.budget.tokens is not None and tokens >= search.budget.tokens:
-        return f"the budget of {search.budget.tokens:,} tokens is spent"
+        return f"{BUDGET} of {search.budget.tokens:,} tokens is spent"
     if search.budget.seconds is not None and seconds >= search.budget.seconds:
-        return f"the budget of {search.budget.seconds:g} s is spent"
+        return f"{BUDGET} of {search.budget.seconds:g} s is spent"
     return None
 
 
@@ -200,16 +203,17 @@ def _tried(
     trials = look.look()
     ended = [trial for trial in trials if trial.state in ENDED]
     over = {trial.number for trial in ended}
-    waiting = tuple(record for record in sweep.records() if record.number not in over)
+    most = resolved.num_trials  # fewer than were drawn, where that was set on resuming
+    waiting = tuple(record for record in sweep.records() if record.number not in over and record.number <= most)
     search = resolved.config.search
     with SweepView(search.metric, search.mode, resolved.num_trials, console) as view, _Stop(sweep, view.say) as stop:
         tick = _Tick(sweep, resolved, look, view, stop, spent_s)
-        if waiting or len(ended) < resolved.num_trials:
+        if waiting or len(ended) < most:
             if search.share_base:
                 from tune.shared import run_trials_together as run_trials
             else:
                 from tune.tuner import run_trials
-            run_trials(sweep, resolved, job, Queue(waiting, resolved.num_trials), ended, parallel, tick)
+            run_trials(sweep, resolved, job, Queue(waiting, most), ended, parallel, tick)
         tick.last()
     sweep.heartbeat(seconds=spent_s + tick.elapsed_s)
     return look.look()
@@ -291,8 +295,12 @@ def _end(sweep: Sweep, resolved: ResolvedSweep, trials: list[Trial], settings: S
     """Rank, publish, say where it is and how it goes on."""
     search, publish = resolved.config.search, resolved.config.publish
     stopped, first = sweep.stop_requested(), leaderboard.best(trials, search.mode)
-    over = stopped is None or (first is not None and stopped.startswith("the budget"))
-    manifest = publish_best(sweep, publish.name, settings) if publish and first and over else None
+    wanted = [trial for trial in trials if trial.number <= resolved.num_trials]
+    left = [trial.number for trial in wanted if trial.state not in ENDED]
+    spent = stopped is not None and stopped.startswith(BUDGET)
+    whole = not left and len(wanted) == resolved.num_trials
+    published = publish and first and (spent or (whole and stopped is None))
+    manifest = publish_best(sweep, publish.name, settings) if publish and published else None
     page = write_leaderboard(sweep, resolved, trials, manifest.ref if manifest else None)
     console.print(summary(trials, search.metric, search.mode))
     for line in _startups(trials):
@@ -304,12 +312,12 @@ def _end(sweep: Sweep, resolved: ResolvedSweep, trials: list[Trial], settings: S
     else:
         _say(console, f"Best: trial {first.number}. Publish its model: loray sweep publish {sweep.id} NAME")
     _say(console, f"Leaderboard: {page}")
-    left = [trial.number for trial in trials if trial.state not in ENDED]
     model = {"model": manifest.ref} if manifest else {}
-    if not over:
-        sweep.set_state(RunState.STOPPED, stopped or "")
-        _say(console, f"Stopped: {stopped}. Go on: loray sweep --resume {sweep.id}")
-    elif left and stopped is None:
+    if stopped is not None and not (spent and whole):
+        sweep.set_state(RunState.STOPPED, stopped, **model)
+        more = " --set search.budget=null" if spent else ""
+        _say(console, f"Stopped: {stopped}. Go on: loray sweep --resume {sweep.id}{more}")
+    elif left:
         raise TrainingError(f"trials {left} of sweep {sweep.id} were interrupted; their runs say why.")
     elif first is None:
         raise TrainingError(f"no trial of sweep {sweep.id} has finished: {'; '.join(_whys(trials))}")
@@ -335,7 +343,9 @@ def _changed(resolved: ResolvedSweep, overrides: Sequence[str]) -> ResolvedSweep
     values: dict[str, Any] = resolved.config.model_dump(mode="json", by_alias=True)
     problems = []
     for key, value in map(override, overrides):
-        if key.startswith(RESUMABLE):
+        if key == "search.trials" and resolved.config.search.algorithm == "grid":
+            problems.append(f"search.trials: {value}, and a grid tries all its values. Leave it out.")
+        elif key.startswith(RESUMABLE):
             put(values, key, {"name": value} if key == "publish" and isinstance(value, str) else value)
         else:
             problems.append(f"{key}: a sweep that goes on keeps it. Changeable are {', '.join(RESUMABLE)}.")

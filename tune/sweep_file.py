@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,6 +224,8 @@ def _across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -
                 yield f"space.{key}: a grid goes through values, and this is a range. List them: {key}: [...]."
         if search.trials is not None:
             yield f"search.trials: {search.trials}, and a grid tries all its values. Leave trials out, or search: random."
+    if search.algorithm == "tpe" and importlib.util.find_spec("optuna") is None:
+        yield "search: tpe is Optuna's, which is not installed: pip install 'loray[tpe]'. Or set search: random."
     if search.algorithm == "tpe":
         for key, dimension in space.items():
             if any(isinstance(value, list | Mapping) for value in dimension.choose or ()):

@@ -37,7 +37,7 @@ def best_so_far(trials: Sequence[Trial], metric: str, mode: Mode) -> str:
     sign = 1.0 if mode == "min" else -1.0
     first = min(measured, key=lambda trial: sign * (trial.value or 0.0))
     values = ", ".join(f"{key} {shown(value)}" for key, value in first.changes.items())
-    return f"best so far: trial {first.number}, {metric} {shown(first.value)} at step {first.step} ({values})"
+    return f"best so far: trial {first.number}, {metric} {shown(first.value)} at step {first.model_step or first.step} ({values})"
 
 
 def seconds_left(trials: Sequence[Trial], num_trials: int, done_at_start: float, elapsed_s: float) -> float | None:
@@ -81,8 +81,8 @@ class SweepView:
         began_at, done = self._began = self._began or (time.monotonic(), shares_done(trials))
         left = seconds_left(trials, self._num_trials, done, time.monotonic() - began_at)
         if self._console.is_terminal:
-            footer = f"{best_so_far(trials, self._metric, self._mode)}\n{self._totals(trials)}, {_time(left)} left"
-            self._live.update(Group(trials_table(trials, self._metric), Text(footer)))
+            header = f"{best_so_far(trials, self._metric, self._mode)}\n{self._totals(trials)}, {_time(left)} left"
+            self._live.update(Group(Text(header), trials_table(trials, self._metric)))
         else:
             for trial in trials:
                 for line in news(self._before.get(trial.number), trial, self._metric):

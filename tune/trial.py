@@ -26,7 +26,7 @@ from service.settings import Settings
 from service.status import LOST_AFTER_S
 from tune.directory import Sweep, TrialRecord, TrialRun
 from tune.sweep_file import ResolvedSweep
-from tune.trials import ENDED, trial_state
+from tune.trials import ENDED, IN_THE_WAY, trial_state
 
 if TYPE_CHECKING:
     from service.training.trainer import Crew, SharedCrew
@@ -84,6 +84,7 @@ class TrialThread:
         self._run: Run | None = None
         self._reader: LogReader | None = None
         self._reported = 0
+        self._unread: list[tuple[str, dict[str, Any]]] = []
         self._look_for_stop_at = 0.0
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._train, name=f"trial-{number}", daemon=True)
@@ -137,8 +138,9 @@ class TrialThread:
         if self._run is None:
             return []
         self._reader = self._reader or LogReader(self._run.path("metrics"))
-        rows = self._reader.new_rows()
-        details = self._run.status().details if rows else {}
+        self._unread += self._reader.new_rows()  # kept where the status cannot be read just now
+        details = self._run.status().details if self._unread else {}
+        rows, self._unread = self._unread, []
         found = []
         for writer, row in sorted(rows, key=lambda one: int(one[1]["step"])):
             step, value = int(row["step"]), row.get(self._job.metric)
@@ -157,7 +159,7 @@ class TrialThread:
         except BaseException as error:
             self._failure = error
             run_is_there = _existing(self._job.home, self._record)
-            if not run_is_there and not isinstance(error, StorageError):  # the trial's own record must say so
+            if not run_is_there and type(error).__name__ not in IN_THE_WAY:  # the trial's own record must say so
                 self._sweep.write_record(self._record.model_copy(update={"problem": self.failure}))
 
     def _train_on(self, console: Console) -> None:

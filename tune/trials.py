@@ -70,11 +70,13 @@ class Trial:
     curve: tuple[tuple[float, float], ...]
     steps: tuple[int, ...]  # of the points of the curve
     startup_s: float | None  # from the trial's beginning to its first step
+    model_step: int | None = None  # of a finished one: what its model has learnt, which may be an earlier step's
 
     @property
     def value(self) -> float | None:
-        """The metric as it was measured last."""
-        return self.curve[-1][1] if self.curve else None
+        """The metric of its model; of a trial that has none, as it was measured last."""
+        measured = dict(zip(self.steps, (value for _, value in self.curve), strict=True))
+        return measured.get(self.model_step or max(self.steps, default=0))
 
     @property
     def progress(self) -> float:
@@ -125,6 +127,7 @@ class Trials:
             curve=tuple((step / num_steps, value) for step, value in measured),
             steps=tuple(step for step, _ in measured),
             startup_s=self._startup_s(record.runs[0]) if rows else None,
+            model_step=status.step if status and status.state is RunState.SUCCEEDED else None,
         )
 
     def _startup_s(self, first: TrialRun) -> float | None:

@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,13 +26,15 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
+from service.domain import RunState
+from service.errors import NotFoundError, StorageError
 from service.runs import Run
 from service.sweep_config import AshaBlock, Dimension, PbtBlock
 from tune import space as spaces
 from tune.directory import Sweep, TrialRecord
 from tune.sweep_file import ResolvedSweep, live
 from tune.trial import LEFT, LOOK_EVERY_S, Report, TrialJob, TrialThread
-from tune.trials import EARLY, Trial
+from tune.trials import EARLY, Trial, TrialState
 
 STOPS_WITHIN_S = 120.0  # a run that was left, with its checkpoint; then its actor is killed
 ACTOR_FAILURES = 2  # a trial's actor may be killed so often and the trial goes on
@@ -120,8 +123,9 @@ class TuneTrial(ray.tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """The next measurement; with `done` when the run has ended."""
-        if Sweep(self._job.home, self._job.sweep).stop_requested() and self._thread is None:
-            return {"done": True}
+        with suppress(StorageError):  # asked again, by the run that begins
+            if self._thread is None and Sweep(self._job.home, self._job.sweep).stop_requested():
+                return {"done": True}
         if self._thread is None:
             self._thread = TrialThread(
                 self._job, int(self.trial_name), self._draw, self._donor, self._crew, replay=self._replay
@@ -181,16 +185,26 @@ class _Asha(ASHAScheduler):
             grace_period=rule.grace, reduction_factor=rule.factor, stop_last_trials=False,
         )  # fmt: skip
         self._sweep, self._search, self._rule = sweep, resolved.config.search, rule
+        self._asked: dict[int, str] = {}  # trials that are to stop and may not have heard of it
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.STOP and not result["replayed"] and result["progress"] < 1.0:
             share = f"the best 1/{self._rule.factor:g} of the trials that got there before"
             reason = f"{self._search.metric} {result['value']:.4g} after {result['progress']:.0%} is not among {share}"
-            run = self._sweep.record(int(str(trial))).run
-            assert run, "a trial that has measured something has a run"
-            Run(self._sweep.home, run).propose_stop(EARLY + reason)
+            self._asked[int(str(trial))] = EARLY + reason
+        self._ask()
         return str(TrialScheduler.CONTINUE)
+
+    def _ask(self) -> None:
+        """Again with every measurement: storage may be away, and a run may have had another reason to make room just then."""
+        for number, reason in list(self._asked.items()):
+            with suppress(StorageError, NotFoundError):
+                run = Run(self._sweep.home, str(self._sweep.record(number).run))
+                if run.status().state is not RunState.RUNNING:
+                    del self._asked[number]
+                else:
+                    run.propose_stop(reason)
 
     def remember(self, before: Sequence[Trial]) -> None:
         """The measurements of trials that have ended."""
@@ -245,7 +259,7 @@ def _search(sweep: Sweep, resolved: ResolvedSweep, queue: Queue, before: Sequenc
     inner = OptunaSearch(OptunaSearch.convert_search_space(domains), metric="value", mode=search.mode, seed=search.seed)
     draws = {record.number: record.newest_draw for record in sweep.records()}
     for trial in before:
-        if trial.value is not None:
+        if trial.value is not None and trial.state is not TrialState.FAILED:
             inner.add_evaluated_point(draws[trial.number], trial.value)
     return _Suggested(sweep, queue, inner)
 

@@ -7,6 +7,7 @@ its draws are whole. What changes the shapes, the rows or their order cannot dif
 from __future__ import annotations
 
 import tempfile
+import time
 from pathlib import Path
 
 from service import storage
@@ -29,7 +30,8 @@ def adopt(donor: Run, step: int, run_id: str, name: str, resolved: ResolvedRun) 
     run = Run.create(donor.home, name, resolved.text, resolved.as_json(), id=run_id)
     config = resolved.config.model_dump(mode="json", by_alias=True)
     failure: Exception | None = None
-    for _ in range(COPIES):
+    for attempt in range(COPIES):
+        time.sleep(attempt)  # one may be on its way
         for there in [s for s in layout.steps_of(donor.uri) if s >= step]:
             try:
                 _copy_checkpoint(donor, there, run, config)

@@ -66,7 +66,9 @@ class Crew:
 
         DeepSpeed, which has state in each process, gets processes of its own.
         """
-        if self._group and (self._group.standing[0] != scale.max_workers or scale.strategy != "ddp"):
+        if self._group and (
+            self._group.over or self._group.standing[0] != scale.max_workers or scale.strategy != "ddp"
+        ):
             self.leave()
         return self._group.standing if self._group else None
 
@@ -264,6 +266,7 @@ def _guest(desk: Any, turn: int, job: TrainJob, world: World, together: Together
     except Exception as error:
         answer = TrainingError(f"worker 0 failed: {type(error).__name__}: {error}")
     ray.get(desk.hand_in.remote(turn, pickle.dumps(answer)))
+    gc.collect()  # its adapters go before another guest comes
 
 
 def _jobs(desk: Any) -> Iterator[tuple[int, TrainJob]]:

@@ -9,12 +9,13 @@ import pytest
 
 from service.config_blocks import RunConfig
 from service.domain import RunState
+from service.errors import ConfigError
 from service.logs import LogWriter
 from service.runs import DRIVER_KILLED, Run, RunStatus
 from service.sweep_config import AshaBlock, Budget, NoStopBlock, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune.directory import Sweep, TrialRecord, TrialRun
-from tune.sweep import over_budget, set_in_trials, trials_at_once
+from tune.sweep import over_budget, reopen, set_in_trials, trials_at_once
 from tune.sweep_file import ResolvedSweep
 from tune.table import best_so_far, news, seconds_left
 from tune.trials import EARLY, Trial, Trials, TrialState, trial_state
@@ -81,6 +82,38 @@ def test_a_trial_is_read_from_its_runs(home: str) -> None:
     assert [one.state for one in found] == [TrialState.RUNNING, TrialState.WAITING]
     assert found[0].curve == ((0.5, 2.5), (0.75, 2.0))  # of two attempts at a step the later stands
     assert (found[0].tokens, found[0].step, found[0].run) == (20, 3, second.id)
+    assert found[0].value == 2.0
+    second.set_state(RunState.SUCCEEDED, step=2)
+    (finished, _) = Trials(sweep, sweep.resolved()).look()
+    assert finished.value == 2.5, "its model is that of step 2, and so is what it is ranked by"
+
+
+def test_an_early_stop_that_a_run_did_not_hear_is_asked_for_again(home: str) -> None:
+    from tune import tuner
+    from tune.shared import _Name
+
+    resolved = ResolvedSweep(SweepConfig(stop=AshaBlock(factor=2, grace=0.25)), {}, {"model": "base"}, "")
+    sweep = Sweep.create(home, "tickets", resolved)
+    runs, names = [Run.create(home, "trial", "", {}) for _ in range(2)], [_Name("1"), _Name("2")]
+    rule = tuner.scheduler(sweep, resolved, [])
+    for number, run in enumerate(runs, start=1):
+        run.set_state(RunState.RUNNING)
+        sweep.write_record(TrialRecord(number=number, draw={}, runs=(TrialRun(run=run.id, draw={}),)))
+        rule.on_trial_add(None, names[number - 1])
+    runs[1].request_stop("another node has room")
+    for name, value in zip(names, (1.0, 9.0), strict=True):
+        rule.on_trial_result(None, name, {"progress": 0.25, "value": value, "replayed": False})
+    assert runs[1].stop_requested() == "another node has room"
+    runs[1].clear_stop()
+    rule.on_trial_result(None, names[0], {"progress": 0.5, "value": 0.9, "replayed": False})
+    assert str(runs[1].stop_requested()).startswith(EARLY) and runs[0].stop_requested() is None
+
+
+def test_a_grid_that_goes_on_takes_no_other_number_of_trials(home: str) -> None:
+    config = SweepConfig(search=SearchBlock(algorithm="grid"))
+    sweep = Sweep.create(home, "tickets", ResolvedSweep(config, {}, {"model": "base"}, ""))
+    with pytest.raises(ConfigError, match=r"search.trials: 2, and a grid tries all its values"):
+        reopen(home, sweep.id, ["search.trials=2"])
 
 
 def test_a_stop_keeps_its_first_reason_until_it_is_forgotten(home: str) -> None:

@@ -117,9 +117,13 @@ def follow(cluster: Kubernetes, name: str, echo: Callable[[str], None]) -> JobSt
             echo(f"RayJob {name}: {status}\n")
             told = str(status)
         if status.cluster and status.cluster != printed:
-            for text in cluster.log(status.cluster):
+            try:
+                for text in cluster.log(status.cluster):
+                    printed = status.cluster
+                    echo(text)
+            except ClusterError as error:
                 printed = status.cluster
-                echo(text)
+                echo(f"\n{error} The run goes on; its log is in the run's directory too.\n")
         if status.ended:
             return status
         time.sleep(LOOK_EVERY_S)

@@ -223,6 +223,27 @@ def test_following_tells_every_state_and_prints_the_log_of_every_attempt(api: Fa
     assert states == ["New", "Initializing", "Running", "Retrying (AppFailed)", "Running", "Complete"]
 
 
+def test_a_log_that_breaks_off_ends_neither_the_run_nor_the_following(
+    api: FakeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(self: kuberay_api.Kubernetes, cluster: str) -> Iterator[str]:
+        yield "step 1/2\n"
+        raise ClusterError("reading the log of pod head: the connection was reset.")
+
+    name = create(resolved(tmp_path))
+    monkeypatch.setattr(kuberay_api.Kubernetes, "log", breaks)
+    running = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "a"}
+    api.script = [
+        running,
+        running,
+        {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED", "rayClusterName": "a"},
+    ]
+    printed: list[str] = []
+    status = kuberay_api.follow(kuberay_api.Kubernetes("loray"), name, printed.append)
+    assert status.outcome == "SUCCEEDED"
+    assert "".join(printed).count("the connection was reset. The run goes on") == 1
+
+
 def test_an_api_that_cannot_be_reached_or_does_not_know_the_job_is_told(
     api: FakeApi, monkeypatch: pytest.MonkeyPatch
 ) -> None:

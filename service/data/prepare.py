@@ -69,7 +69,8 @@ def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared
     data, block = config.data, config.data.split
     sources = [open_source(source.uri) for source in data.sources]
     reads = list(zip(sources, data.sources, strict=True))
-    checkups = precheck(reads, (open_source(data.eval), data) if data.eval else None, data, home=home)
+    held_out = [(open_source(uri), data) for uri in (data.eval, data.test) if uri]
+    checkups = precheck(reads, held_out, data, home=home)
     sides = _sides(config, sources)
 
     def of_sources(side: Side) -> DataCard:
@@ -80,15 +81,15 @@ def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared
     def of_file(uri: str) -> DataCard:
         return _demand_rows(prepare(open_source(uri), _recipe(config, data), renderer, home=home), data)
 
-    def held_out(side: Side, uri: str | None, share: float) -> DataCard | None:
+    def other_side(side: Side, uri: str | None, share: float) -> DataCard | None:
         if uri:
             return of_file(uri)
         return _demand_rows(of_sources(side), data) if share else None
 
     return Prepared(
         train=of_sources("train"),
-        eval=held_out("eval", data.eval, block.eval or (config.run.held_out is not None)),
-        test=held_out("test", data.test, block.test),
+        eval=other_side("eval", data.eval, block.eval or (config.run.held_out is not None)),
+        test=other_side("test", data.test, block.test),
         checkups=checkups,
     )
 

@@ -153,6 +153,22 @@ def test_storage_that_fails_is_told_where_nobody_else_has_made_the_dataset(
         _prepare(_file(tmp_path, "one"), slow, str(tmp_path / "home"))
 
 
+def test_what_the_test_asks_is_no_more_to_be_trained_than_what_the_evaluation_asks(
+    tmp_path: Path, renderer: CountingRenderer
+) -> None:
+    config = _config(tmp_path, *map(str, range(60)))
+    lines = Path(config.data.train).read_text().splitlines(keepends=True)  # type: ignore[arg-type]
+    files = {"eval": [lines[7]], "test": [lines[9], lines[3]]}
+    for side, rows in files.items():
+        (tmp_path / f"{side}.jsonl").write_text("".join(rows))
+    named = {side: str(tmp_path / f"{side}.jsonl") for side in files}
+    config = config.model_copy(update={"data": config.data.model_copy(update=named)})
+    (checkup,) = prepare_run(config, renderer, home=str(tmp_path / "home")).checkups
+    (leak,) = (finding for finding in checkup.findings if finding.kind == "leak")
+    assert checkup.against == f"{named['eval']} and then {named['test']}" and checkup.against_rows == 3
+    assert leak.rows == (4, 8, 10)
+
+
 def test_a_source_that_the_checkup_did_not_read_to_its_end_is_named_in_the_plan(
     tmp_path: Path, renderer: CountingRenderer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

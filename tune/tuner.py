@@ -201,7 +201,7 @@ class _Asha(ASHAScheduler):
         for number, reason in list(self._asked.items()):
             with suppress(StorageError, NotFoundError):
                 run = Run(self._sweep.home, str(self._sweep.record(number).run))
-                if run.status().state is not RunState.RUNNING:
+                if run.status().state in (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED):
                     del self._asked[number]
                 else:
                     run.propose_stop(reason)

@@ -24,11 +24,12 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m "long and not longer" --ignore tests/integration/test_readme.py --ignore tests/integration/test_nodes.py
-	$(BIN)/python -m pytest -m long tests/integration/test_nodes.py
+	$(BIN)/python -m pytest -m "long and not longer" tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
 
 test-longer: setup
-	$(BIN)/python -m pytest -m longer
+	$(BIN)/python -m pytest -m longer --ignore tests/integration/test_nodes.py
+	$(BIN)/python -m pytest -m longer tests/integration/test_nodes.py
 
 # The engines' contract on vLLM's CPU build, in an environment of its own: it pins another transformers. Complete pins and
 # --no-deps, because it asks for torchvision, torchaudio and torchcodec too, which it does without. Its imports warn, and

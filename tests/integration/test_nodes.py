@@ -228,6 +228,7 @@ def submitted(place: Place, nodes: Any, job: dict[str, Any], attempt: int) -> su
     )  # fmt: skip
 
 
+@pytest.mark.longer  # and alone: the tests before leave the cluster with fewer nodes
 def test_a_rayjobs_entrypoint_trains_and_its_next_attempt_goes_on(place: Place, nodes: Any) -> None:
     """The first attempt is stopped in the middle, as by a head that goes; the operator then starts the same once more."""
     long = load_run(str(place.run_file), ["optim.epochs=200", "publish=small"])

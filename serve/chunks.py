@@ -56,13 +56,11 @@ async def events(stream: Any, ask: Ask, answer: Answer, started: Started) -> Asy
         yield DONE
     except Exception as error:
         yield event(answer_to(error)[1])
-    finally:
-        stream.cancel()
 
 
 class Events(StreamingResponse):
-    """The response that sends them. A caller that has gone before the first one is due cancels the request, too: a generator
-    that was never begun has no end to do that in."""
+    """The response that sends them. The request is cancelled in the engine if the caller goes away, before the first one is
+    due, too: that is why it is done here and not in the generator, which may never begin."""
 
     def __init__(self, stream: Any, ask: Ask, answer: Answer, started: Started, headers: Mapping[str, str]) -> None:
         body = events(stream, ask, answer, started)

@@ -151,6 +151,11 @@ class Run:
             merged.append({"step": step, **row})
         return merged
 
+    def figures(self, step: int) -> dict[str, float]:
+        """What was measured at this step, without what was not finite."""
+        rows = [row for row in self.metrics() if row["step"] == step]
+        return {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
+
     def ledger(self) -> list[dict[str, Any]]:
         """`{"step", "ids"}` a step, ascending: the ids drawn, rank after rank, by the last attempt at that step alone.
 

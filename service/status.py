@@ -25,11 +25,11 @@ from service.errors import ConflictError, LorayError, NotFoundError, StorageErro
 LOST_AFTER_S = 60.0
 HEARTBEAT_EVERY_S = 10.0
 _ATTEMPTS = 100
-_ENDS = {RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED}
+ENDS = {RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED}
 _NEXT: dict[RunState, set[RunState]] = {
     RunState.CREATED: {RunState.RUNNING, RunState.FAILED, RunState.STOPPED},
-    RunState.RUNNING: _ENDS,
-    RunState.LOST: {RunState.RUNNING, *_ENDS},  # resumed, or its driver was only paused
+    RunState.RUNNING: ENDS,
+    RunState.LOST: {RunState.RUNNING, *ENDS},  # resumed, or its driver was only paused
     RunState.FAILED: {RunState.RUNNING},
     RunState.STOPPED: {RunState.RUNNING},
     RunState.SUCCEEDED: set(),
@@ -75,7 +75,7 @@ class StatusFile:
         """
 
         def move(now: RunStatus) -> RunStatus:
-            if state in _ENDS:
+            if state in ENDS:
                 self._demand_own(now)
             seen = _seen_at(now, datetime.now(UTC))
             if not next_state_allowed(seen.state, state):
@@ -93,14 +93,14 @@ class StatusFile:
 
         def beat(now: RunStatus) -> RunStatus:
             self._demand_own(now)
-            return now if now.state in _ENDS else _updated(now, fields)
+            return now if now.state in ENDS else _updated(now, fields)
 
         self._change(beat)
 
     def declare_dead(self, error: str) -> None:
         """The driver is gone without a word: what it drove has failed, and may be driven by another."""
         fields = {"state": RunState.FAILED, "message": "its driver was killed", "error": error}
-        self._change(lambda now: now if now.state in _ENDS else _updated(now, fields))
+        self._change(lambda now: now if now.state in ENDS else _updated(now, fields))
 
     def _demand_own(self, now: RunStatus) -> None:
         driver = {name: now.details.get(name) for name in ("pid", "born", "host")}

@@ -31,7 +31,7 @@ from service.sweep_config import AshaBlock, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune import space as spaces
 from tune.directory import Sweep, TrialRecord
-from tune.sweep_file import ResolvedSweep
+from tune.sweep_file import ResolvedSweep, across
 from tune.table import SweepView, best_so_far, summary
 from tune.trial import TrialJob
 from tune.trials import ENDED, Trial, Trials
@@ -98,10 +98,7 @@ def publish_best(sweep: Sweep, family: str, settings: Settings) -> Manifest:
     def publish() -> Manifest:
         config = run_from_json(run.resolved(), run.run_yaml())
         plan = make_run_plan(config, settings, digests(run))
-        step = run.status().step
-        rows = [row for row in run.metrics() if row["step"] == step]
-        figures = {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
-        return publish_model(family, run, config, settings, plan, figures)
+        return publish_model(family, run, config, settings, plan, run.figures(run.status().step or 0))
 
     return published_once(family, run, registry, publish)
 
@@ -343,13 +340,12 @@ def _changed(resolved: ResolvedSweep, overrides: Sequence[str]) -> ResolvedSweep
     values: dict[str, Any] = resolved.config.model_dump(mode="json", by_alias=True)
     problems = []
     for key, value in map(override, overrides):
-        if key == "search.trials" and resolved.config.search.algorithm == "grid":
-            problems.append(f"search.trials: {value}, and a grid tries all its values. Leave it out.")
-        elif key.startswith(RESUMABLE):
+        if key.startswith(RESUMABLE):
             put(values, key, {"name": value} if key == "publish" and isinstance(value, str) else value)
         else:
             problems.append(f"{key}: a sweep that goes on keeps it. Changeable are {', '.join(RESUMABLE)}.")
     config, wrong = checked(SweepConfig, values)
+    problems += across(config, resolved.space, resolved.base) if config else ()
     if config is None or problems:
         raise ConfigError(report("--set beside --resume", [*problems, *wrong]))
     return ResolvedSweep(config, resolved.space, resolved.base, resolved.text)

@@ -95,7 +95,7 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> ResolvedSweep:
     config, wrong_too = checked(SweepConfig, own)
     problems += [*wrong, *wrong_too]
     if config is not None:
-        problems += _across(config, space, base)
+        problems += across(config, space, base)
     whole = {key: one for key, one in space.items() if not any(f"space.{key}" in line for line in wrong)}
     problems += _of_the_runs(ResolvedSweep(config or SweepConfig(), whole, base, text))
     if problems or config is None:
@@ -213,7 +213,7 @@ def _references(key: str, dimension: Dimension, drawn: list[str], base: Mapping[
             yield f"space.{key}.ratio_of: {other} takes no numbers, so nothing can be a multiple of it."
 
 
-def _across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:
+def across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:
     """What cannot go together in a sweep."""
     search = config.search
     if search.metric.startswith("eval/") and value_at(base, "data.eval") is None and "data.eval" not in space:

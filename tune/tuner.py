@@ -26,9 +26,9 @@ from ray.tune.execution import class_cache
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from service.domain import RunState
 from service.errors import NotFoundError, StorageError
 from service.runs import Run
+from service.status import ENDS
 from service.sweep_config import AshaBlock, Dimension, PbtBlock
 from tune import space as spaces
 from tune.directory import Sweep, TrialRecord
@@ -201,7 +201,7 @@ class _Asha(ASHAScheduler):
         for number, reason in list(self._asked.items()):
             with suppress(StorageError, NotFoundError):
                 run = Run(self._sweep.home, str(self._sweep.record(number).run))
-                if run.status().state in (RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED):
+                if run.status().state in ENDS:
                     del self._asked[number]
                 else:
                     run.propose_stop(reason)

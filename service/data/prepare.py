@@ -69,8 +69,8 @@ def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared
     data, block = config.data, config.data.split
     sources = [open_source(source.uri) for source in data.sources]
     reads = list(zip(sources, data.sources, strict=True))
-    held_out = [(open_source(uri), data) for uri in (data.eval, data.test) if uri]
-    checkups = precheck(reads, held_out, data, home=home)
+    held_out = {uri: open_source(uri) for uri in (data.eval, data.test) if uri}
+    checkups = precheck(reads, [(source, data) for source in held_out.values()], data, home=home)
     sides = _sides(config, sources)
 
     def of_sources(side: Side) -> DataCard:
@@ -79,7 +79,7 @@ def prepare_run(config: RunConfig, renderer: Renderer, *, home: str) -> Prepared
         return mixture([_demand_rows(card, data) if side == "train" else card for card in cards], home=home)
 
     def of_file(uri: str) -> DataCard:
-        return _demand_rows(prepare(open_source(uri), _recipe(config, data), renderer, home=home), data)
+        return _demand_rows(prepare(held_out[uri], _recipe(config, data), renderer, home=home), data)
 
     def other_side(side: Side, uri: str | None, share: float) -> DataCard | None:
         if uri:

@@ -164,9 +164,7 @@ class Outcome:
     def of(cls, variant: Variant, child: Run) -> Outcome:
         """Of a child that has succeeded."""
         step = child.status().step or 0
-        rows = [row for row in child.metrics() if row["step"] == step]
-        metrics = {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
-        return cls(variant.name, child, variant.resolved, step, metrics)
+        return cls(variant.name, child, variant.resolved, step, child.figures(step))
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:

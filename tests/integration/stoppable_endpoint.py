@@ -44,6 +44,20 @@ class Endpoint:
         self._thread.join()
         self._server.server_close()
 
+    def stop_at(self, part: str) -> None:
+        """Stop when the next request comes with `part` in its path: the caller is in the middle of it, on every machine."""
+
+        def before(method: str, path: str) -> None:
+            if part in path:
+                self.before = lambda method, path: None
+                self.stop()
+                raise ConnectionError(f"{method} {path} is not answered any more")
+
+        self.before = before
+
+    def has_stopped(self) -> bool:
+        return not self._thread.is_alive()
+
     def _answer(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         self.before(environ["REQUEST_METHOD"], f"{environ['PATH_INFO']}?{environ['QUERY_STRING']}")
         with self._one_at_a_time:

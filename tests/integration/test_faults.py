@@ -90,8 +90,8 @@ LIMIT_KB = 3_500_000
 
 def test_a_run_whose_storage_is_away_for_20_seconds_goes_on_to_its_end(on_s3: Place, endpoint: Endpoint) -> None:
     with training(on_s3, *LONG) as (run, driver):
-        wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
-        endpoint.stop()
+        endpoint.stop_at("checkpoints/00000040")
+        wait_until(endpoint.has_stopped, "its second checkpoint begins, and storage goes away")
         back = threading.Timer(20.0, endpoint.start)
         back.start()
         output = driver.communicate(timeout=300)[0]
@@ -108,14 +108,14 @@ def test_a_run_whose_storage_stays_away_fails_and_goes_on_from_its_last_whole_ch
     on_s3: Place, endpoint: Endpoint
 ) -> None:
     with training(on_s3, *LONG, "--set", "checkpoint.retry_s=3") as (run, driver):
-        wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
-        endpoint.stop()
+        endpoint.stop_at("checkpoints/00000040")
+        wait_until(endpoint.has_stopped, "its second checkpoint begins, and storage goes away")
         output = driver.communicate(timeout=300)[0]
     assert driver.returncode == 1, output[-3000:]
     assert "storage was away" in output or "storage has failed" in output, output[-3000:]
     endpoint.start()
     kept = checkpoints(run)
-    assert kept and max(kept) < 240
+    assert max(kept) == 20
     on_s3.train("--resume", run.id)
     assert run.status().state is RunState.SUCCEEDED
     ledger_line(on_s3, run)

@@ -1,14 +1,15 @@
 """How far the planned memory of a worker is from what a real run takes, over methods, strategies, lengths, checkpointing.
 
     python -m tests.benchmarks.plan_error [--methods full,lora,qlora] [--strategies ddp,zero2,zero3] [--lengths 128,512]
-        [--checkpointing 0,1] [--checkpoint-beside] [--list]
+        [--checkpointing 0,1] [--checkpoint-beside] [--resumed] [--list]
 
 Each case is a whole run of `train()` on a random Llama of 86 million parameters in bfloat16: load, two steps, a checkpoint,
 save, gate; `ddp` in one process, ZeRO in two. Measured is the largest resident memory of a worker that no file backs, above
 what the same process had after training a tiny model by the same road, and weights that are mapped from their file.
 glibc gives freed memory back at once here (MALLOC_MMAP_THRESHOLD_), so that it does not hide what is needed; `loray train`
 on CPUs keeps it for speed. How much of a checkpoint is still there when the next step needs most depends on storage; the
-plan counts all of it, so `--checkpoint-beside` shows larger errors. Prints the error of each case, and as its last line
+plan counts all of it, so `--checkpoint-beside` shows larger errors. `--resumed` measures runs that go on from the checkpoint
+of their last step: load, resume and save, without a step. Prints the error of each case, and as its last line
 the median |error|, the worst, and the worst below what was measured, as JSON.
 """
 
@@ -53,6 +54,7 @@ class Case:
     length: int
     checkpointing: bool  # of activations
     beside: bool = False  # a checkpoint of the state is uploaded during the second step
+    resumed: bool = False  # from a checkpoint of its last step
 
     @property
     def workers(self) -> int:
@@ -69,7 +71,7 @@ class Case:
             "optim": {"batch": {"rows": 2 * micro * self.workers}, "max_steps": 2, "lr": 1e-5},
             "scale": {"workers": self.workers, "strategy": self.strategy},
             "memory": {"micro": micro, "checkpoint_activations": self.checkpointing},
-            "checkpoint": {"every": {"steps": 1 if self.beside else 0}},
+            "checkpoint": {"every": {"steps": 1 if self.beside else 2 if self.resumed else 0}},
         }
 
 
@@ -95,6 +97,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="128,512")
     parser.add_argument("--checkpointing", default="0,1")
     parser.add_argument("--checkpoint-beside", action="store_true", help="upload a checkpoint during the second step")
+    parser.add_argument("--resumed", action="store_true", help="go on from a checkpoint of the last step")
     parser.add_argument("--list", action="store_true", help="only name the cases")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -117,7 +120,10 @@ def _cases(given: argparse.Namespace) -> list[Case]:
     chosen = (given.methods.split(","), given.strategies.split(","), given.lengths.split(","))
     both = [bool(int(flag)) for flag in given.checkpointing.split(",")]
     product = itertools.product(*chosen, both)
-    return [Case(method, strategy, int(n), each, given.checkpoint_beside) for method, strategy, n, each in product]
+    return [
+        Case(method, strategy, int(n), each, given.checkpoint_beside, given.resumed)
+        for method, strategy, n, each in product
+    ]
 
 
 def _print(row: Row) -> None:
@@ -147,7 +153,13 @@ def run(case: Case) -> Row:
         jobs, planned = _prepare(case, directory)
         file = directory / "jobs.json"
         file.write_text(json.dumps(jobs))
-        return Row(case, planned, _measure(case, file))
+        peak = _measure(case, file)
+        if case.resumed:
+            jobs["real"]["attempt"] = 2
+            file.write_text(json.dumps(jobs))
+            planned = {phase: size for phase, size in planned.items() if phase != "train"}
+            peak = _measure(case, file)
+        return Row(case, planned, peak)
 
 
 def _prepare(case: Case, directory: Path) -> tuple[dict[str, Any], dict[str, int]]:

@@ -4,7 +4,8 @@
 
 All arms run in turn in one process, round after round; ratios are medians over the rounds of ratios within a round. 16
 requests (or one) with prompts of 60 tokens, 64 new tokens each, greedy, bfloat16; adapters of ranks 8 and 16 on all linear
-layers, with random weights. The engine's requests are submitted at once and prefilled as they are served; for `generate`
+layers, with random weights. Beside the ratios of mixtures stands the limit that bytes alone set: a decode step reads every
+weight of the base, and here every adapter's too. The engine's requests are submitted at once and prefilled as they are served; for `generate`
 they are one static batch. Prints a table, and the ratios as one line of JSON.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import tempfile
@@ -148,6 +150,22 @@ class Arms:
         return NEW * len(prompts)
 
 
+def bytes_limit(base: Path, adapters: Sequence[Path]) -> float:
+    """The part of the bytes read in a decode step that are the base's, all stored alike."""
+    own = _elements(base)
+    return own / (own + sum(map(_elements, adapters)))
+
+
+def _elements(directory: Path) -> int:
+    from safetensors import safe_open
+
+    total = 0
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
 class NoText:
     """In place of a tokenizer: text is not what is measured here, and the peers make none."""
 
@@ -202,6 +220,9 @@ def main() -> None:
                 tokens = work()
                 if number:
                     speeds[arm].append(tokens / (time.perf_counter() - started))
+        limits = {
+            f"mixed{count}_limit": round(bytes_limit(base, list(arms.adapters.values())[:count]), 3) for count in (4, 8)
+        }
     finally:
         shutil.rmtree(directory)
     print(f"{'arm':>14}  tokens/s (median of {given.rounds}; least to most)")
@@ -212,7 +233,7 @@ def main() -> None:
         for name, (above, below) in RATIOS.items()
         if above in speeds and below in speeds
     }
-    print(json.dumps(ratios))
+    print(json.dumps(ratios | limits))
 
 
 if __name__ == "__main__":

@@ -299,7 +299,7 @@ def _finish(
                 lambda: publish_model(publish.name, run, resolved, settings, plan, result.metrics),
             )
         )
-    report = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
+    report, warning = insist(lambda: write_report(run, resolved, plan, result, manifest.ref if manifest else None))
     published = {"model": manifest.ref} if manifest else {}
     insist(lambda: run.set_state(RunState.SUCCEEDED, step=result.step, report=report, **published))
     if result.gate:
@@ -308,6 +308,8 @@ def _finish(
     if manifest:
         console.print(f"Published [bold]{manifest.ref}[/]  (sha256 {manifest.digest[:12]})", highlight=False)
     console.print(f"From the command to the first step: {startup(run)}", highlight=False)
+    if warning:
+        console.print(f"Warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Report: {report}", highlight=False, soft_wrap=True)
 
 

@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from service import storage
 from service.config import LoraBlock, ResolvedRun, RunConfig
+from service.config_values import leaves
 from service.logs import figure
 from service.runs import Run
 from service.training.loop import TrainResult
 from service.training.plan import RunPlan
 
+# How far the loss may end above where it began before a report warns: what batches of a few rows differ by stays below.
+WORSE_SHARE, WORSE_NATS = 0.25, 0.1
 
-def write_report(run: Run, resolved: ResolvedRun, plan: RunPlan, result: TrainResult, published: str | None) -> str:
-    """Write both files; the URI of report.md."""
+
+def write_report(
+    run: Run, resolved: ResolvedRun, plan: RunPlan, result: TrainResult, published: str | None
+) -> tuple[str, str | None]:
+    """Write both files; the URI of report.md, and its warning if it has one."""
     rows = run.metrics()
+    warning = got_worse([figure(row["train/loss"]) for row in rows if "train/loss" in row])
     storage.write_bytes(run.path("loss.png"), loss_curve(rows))
     uri = run.path("report.md")
-    storage.write_bytes(uri, _page(run, resolved, plan, result, published, rows).encode())
-    return uri
+    storage.write_bytes(uri, _page(run, resolved, plan, result, published, rows, warning).encode())
+    return uri, warning
+
+
+def got_worse(losses: Sequence[float]) -> str | None:
+    """What to say of training losses (nats, by step) whose last tenth lies clearly above their first; None if it does not."""
+    if not losses:
+        return None
+    tenth = max(1, len(losses) // 10)
+    first, last = fmean(losses[:tenth]), fmean(losses[-tenth:])
+    if last <= first + max(WORSE_NATS, WORSE_SHARE * first):
+        return None
+    return (
+        f"the training loss rose from {first:.4g} to {last:.4g} nats: this model is worse than what it began as. "
+        "Lower optim.lr, or look at the rows: loray data check."
+    )
 
 
 def startup(run: Run) -> str:
@@ -58,6 +81,7 @@ def _page(
     result: TrainResult,
     published: str | None,
     rows: list[dict[str, Any]],
+    warning: str | None,
 ) -> str:
     config = resolved.config
     measured = [f"{figure(row['eval/loss']):.4f}" for row in rows if "eval/loss" in row]
@@ -87,7 +111,10 @@ def _page(
             f"(allowed {gate.tolerance:.2g}); differs from the base by up to {gate.change_from_base:.2g}"
         )
     lines = [f"# Run {run.id}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
-    changed = [f"- `{key}`: {source}" for key, source in resolved.sources.items() if source == "--set"]
+    if warning:
+        table["warning"] = warning
+    values = leaves(config.model_dump(mode="json", by_alias=True))
+    changed = [f"- `{key}`: {value}" for key, value in values if resolved.sources.get(key) == "--set"]
     lines += ["", "![loss](loss.png)", "", "## Run file", "", "```yaml", resolved.text.rstrip(), "```"]
     if changed:
         lines += ["", "Set on the command line:", *changed]

@@ -55,15 +55,15 @@ def test_a_killed_trainer_resumes_to_the_same_losses_and_model_as_one_never_kill
 
 
 def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
-    output = place.train(str(place.run_file))
+    output = place.train(str(place.run_file), "--set", "checkpoint.keep_last=2")
     run = place.newest()
-    assert "Published small@1" in output
+    assert "Published small@1" in output and "Warning" not in output
     assert re.search(r"From the command to the first step: \d", output)
     assert f"Report: {run.path('report.md')}" in output
     assert storage.read_bytes(run.path("loss.png")).startswith(b"\x89PNG")
     report = storage.read_bytes(run.path("report.md")).decode()
     assert "alive 14/14" in report
-    assert "small@1" in report
+    assert "small@1" in report and "- `checkpoint.keep_last`: 2\n" in report
     manifest = Registry(place.settings.home).manifest(ModelRef.parse("small@1"))
     assert manifest.run == run.id
     assert manifest.metrics["train/loss"] == losses(run)[-1]
@@ -74,6 +74,7 @@ def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
     assert logs == ["a1-rank-00000.log", "a1-rank-00001.log"]
 
 
+@pytest.mark.long
 def test_an_adapter_that_learnt_nothing_is_a_failed_run_and_no_version(place: Place) -> None:
     output = place.train(str(place.run_file), "--set", "optim.lr=1.0e-45", "--set", "optim.max_steps=1", expect=1)
     status = place.newest().status()

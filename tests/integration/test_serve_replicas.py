@@ -22,6 +22,7 @@ from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, clear, free_p
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets and files to the garbage collector
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60

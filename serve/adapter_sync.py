@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from serve.adapter_uris import AdapterUris
-from serve.adapters import Action, AdapterTable, Fetch, Load
+from serve.adapters import Action, AdapterTable, Fetch, Load, Read
 from serve.desired import HEARTBEAT_EVERY_S, AdapterReport, EndpointFiles, ReplicaReport
 from serve.lines import Lines
 from serve.routing import Source, Target
@@ -209,8 +209,8 @@ class AdapterSync:
         """Do it and tell the table. False: the engine is still busy with it, leave the rest for the next step."""
         if isinstance(action, Fetch):
             self._fetch(action)
-        elif isinstance(action, Load):
-            self._load(action.digest)
+        elif isinstance(action, Read | Load):
+            self._load(action)
         else:
             try:
                 self._engine.unload_adapter(action.digest)
@@ -265,12 +265,17 @@ class AdapterSync:
             return f"it was made for base model {base[:12]}, this endpoint serves {self._base_digest[:12]}."
         return ""
 
-    def _load(self, digest: str) -> None:
+    def _load(self, action: Read | Load) -> None:
+        digest = action.digest
         with self._lock:
             adapter = self._table.adapters[digest]
             model, source = adapter.model, adapter.source
         try:
-            info = self._engine.load_adapter(digest, self._copy(digest, model, source))
+            directory = self._copy(digest, model, source)
+            if isinstance(action, Read):
+                self._engine.read_adapter(digest, directory)
+                return
+            info = self._engine.load_adapter(digest, directory)
         except (ConflictError, StorageError) as error:
             with self._lock:
                 self._table.short(digest, str(error))

@@ -7,7 +7,8 @@ Identity is the digest: a label that now means another version is a new entry, a
 While the new one loads, the label's old version of the same family keeps answering. When columns are short, the least
 recently used adapter without running or waiting requests is evicted. Where all are in use, they take turns: the one that
 has been resident longest, and at least SLICE_S, lets no more requests in, and is exchanged when those it has are done.
-Pinned adapters stay. `adapter_sync.py` carries out the actions.
+Pinned adapters stay. What others must make room for is read from its files first: it is at hand when they are gone, and
+one that cannot be read moves nobody. `adapter_sync.py` carries out the actions.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Adapter:
     closing: bool = False  # its turn is over: no request gets in, and it is unloaded when the last one is done
     pinned: bool = False
     loaded_at_s: float = 0.0
+    read: bool = False  # since it was last loaded: only a look ahead, its tensors may have been dropped again
     columns: int = 0  # needed; known once cached
     running: int = 0
     waiting: int = 0
@@ -93,6 +95,13 @@ class Fetch:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Read and check its tensors while others make room; then call nothing, or `short` or `refuse`."""
+
+    digest: str
+
+
+@dataclass(frozen=True)
 class Load:
     """Make it resident; then call `loaded`, `short` or `refuse`."""
 
@@ -106,7 +115,7 @@ class Unload:
     digest: str
 
 
-Action = Fetch | Load | Unload
+Action = Fetch | Read | Load | Unload
 
 
 class AdapterTable:
@@ -223,7 +232,7 @@ class AdapterTable:
         self._clock += 1
         adapter.resident, adapter.columns, adapter.last_used = True, columns, self._clock
         adapter.loaded_at_s = now_s
-        adapter.fresh, adapter.shortage = False, ""
+        adapter.fresh, adapter.read, adapter.shortage = False, False, ""
         self._settle()
 
     def unloaded(self, digest: str) -> None:
@@ -275,22 +284,26 @@ class AdapterTable:
         return sorted((a for a in absent if a.waiting or a.fresh), key=lambda a: (a.waiting == 0, a.waiting_since))
 
     def _make_room(self, adapter: Adapter, free_columns: int, now_s: float) -> Action | None:
-        """Load it, or evict one that is not in use if that can make enough room, or end turns, or leave it pending."""
+        """Load it, or read it and evict one that is not in use if that can make enough room, or end turns, or leave it pending."""
         if adapter.columns <= free_columns and not adapter.shortage:
             return Load(adapter.digest)
         short_by = max(1, adapter.columns - free_columns)
         movable = [a for a in self.adapters.values() if a.resident and not a.pinned]
         # One that was just loaded for a waiting request is not idle: else two that are waited for evict each other.
         idle = [a for a in movable if a.running == 0 and (a.waiting == 0 or a.closing)]
-        if sum(a.columns for a in idle) >= short_by:
-            return self._unload(min(idle, key=lambda a: (not a.closing, a.last_used)))
-        if adapter.waiting and self._could_fit(adapter):
+        can_evict = sum(a.columns for a in idle) >= short_by
+        if not can_evict and adapter.waiting and self._could_fit(adapter):
             short_by -= sum(a.columns for a in movable if a.closing or a in idle)
             turns = [a for a in movable if not a.closing and a not in idle and now_s - a.loaded_at_s >= SLICE_S]
             for one in sorted(turns, key=lambda a: a.loaded_at_s):
                 if short_by > 0:
                     one.closing = True
                     short_by -= one.columns
+        if not adapter.read:
+            adapter.read = True
+            return Read(adapter.digest)
+        if can_evict:
+            return self._unload(min(idle, key=lambda a: (not a.closing, a.last_used)))
         adapter.shortage = f"needs {adapter.columns} columns, {free_columns} free"
         return None
 

@@ -214,6 +214,10 @@ class VllmEngine:
         """End a request within a step; one that has ended already is left alone."""
         self._soon(self._cancel, request_id)
 
+    def read_adapter(self, digest: str, directory: Path) -> None:
+        """Check on the caller's thread. vLLM reads the files itself, when it loads."""
+        read_adapter(directory, self._shapes, self.max_rank, self._dtype)
+
     def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
         """Check on the caller's thread, then let vLLM read it between two steps. A resident adapter is left as it is."""
         with self._loading:

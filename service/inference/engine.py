@@ -200,6 +200,9 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a request within a step, with a last chunk `cancelled`. One that has ended already is left alone."""
 
+    def read_adapter(self, digest: str, directory: Path) -> None:
+        """Check a PEFT adapter before there is room for it, and have it at hand if host memory allows. ModelError: all reasons."""
+
     def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
         """Make a PEFT adapter resident; a resident one is left as it is. ModelError: all reasons. ConflictError: full."""
 

@@ -160,16 +160,18 @@ class TorchEngine:
                 sequence.cancelled = True
                 self._changed.notify_all()
 
+    def read_adapter(self, digest: str, directory: Path) -> None:
+        """Read and check on the caller's thread, into the host memory that `load_adapter` looks into first."""
+        with self._loading:
+            if digest not in self.adapters():
+                self._tensors(digest, directory)
+
     def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
         """Read and check on the caller's thread, then copy in between two steps. A resident adapter is left as it is."""
         with self._loading:
             if info := self.adapters().get(digest):
                 return info
-            tensors = self._read.get(digest)
-            if tensors is None:
-                tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
-                self._read.put(digest, tensors, sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values()))
-            finish = self._bank.install(digest, tensors, self._breathe)
+            finish = self._bank.install(digest, self._tensors(digest, directory), self._breathe)
             return self._between_steps(finish)  # type: ignore[no-any-return]
 
     def unload_adapter(self, digest: str) -> None:
@@ -284,6 +286,14 @@ class TorchEngine:
                 if self._closing:
                     return
             self.step()
+
+    def _tensors(self, digest: str, directory: Path) -> Mapping[str, LoraTensors]:
+        """Of an adapter, read from its files unless host memory has them."""
+        tensors = self._read.get(digest)
+        if tensors is None:
+            tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
+            self._read.put(digest, tensors, sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values()))
+        return tensors
 
     def _pending(self) -> bool:
         return bool(self._in_flight or self._commands)

@@ -735,6 +735,12 @@ def test_an_adapter_in_host_memory_comes_back_without_its_files(llama: Bench, tm
     shutil.rmtree(directory)
     engine.load_adapter("x", directory)
     assert engine.generate(llama.requests("x")) == llama.expected["a"]
+    ahead = llama.engine(load=False, host_bytes=10**7)
+    ahead.read_adapter("b", shutil.copytree(llama.adapters["b"], directory))
+    assert ahead.adapters() == {} and ahead.free_columns == ahead.max_columns, "only read"
+    shutil.rmtree(directory)
+    ahead.load_adapter("b", directory)
+    assert ahead.generate(llama.requests("b")) == llama.expected["b"]
     forgetful = llama.engine(load=False)
     with pytest.raises(ModelError, match="missing"):
         forgetful.load_adapter("x", directory)

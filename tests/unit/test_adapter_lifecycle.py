@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from serve.adapters import SLICE_S, AdapterState, AdapterTable, Fetch, Load, Unload
+from serve.adapters import SLICE_S, AdapterState, AdapterTable, Fetch, Load, Read, Unload
 from serve.routing import Registered, Source
 from service.errors import ConflictError, ModelError, NotFoundError
 
@@ -25,6 +25,7 @@ class Bench:
         self.table = AdapterTable(columns)
         self.bank: dict[str, int] = {}
         self.columns, self.epoch, self.num_loads = columns, 0, 0
+        self.unreadable: set[str] = set()
         self.now_s = 0.0
 
     def want(self, **labels: str) -> None:
@@ -36,6 +37,10 @@ class Bench:
         while (action := self.table.next_action(self.columns - sum(self.bank.values()), self.now_s)) is not None:
             if isinstance(action, Fetch):
                 self.table.fetched(action.digest, RANKS[action.digest])
+            elif isinstance(action, Read):
+                assert RANKS[action.digest] > self.columns - sum(self.bank.values()), "it could be loaded"
+                if action.digest in self.unreadable:
+                    self.table.refuse(action.digest, "broken")
             elif isinstance(action, Load):
                 self.bank[action.digest] = RANKS[action.digest]
                 self.num_loads += 1
@@ -286,11 +291,35 @@ def test_a_refused_new_version_leaves_the_old_one_serving_its_label() -> None:
     assert bench.table.acquire("a2", "a") == "a1"
 
 
+def test_one_that_cannot_be_read_makes_nobody_leave() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    bench.unreadable.add("b1")
+    bench.want(a="a1", b="b1")
+    assert bench.state("b1") is AdapterState.REFUSED and list(bench.bank) == ["a1"]
+
+
+def test_what_waits_for_turns_is_read_once_while_they_end() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    assert bench.table.acquire("a1", None) == "a1"
+    bench.want(a="a1", b="b1")
+    bench.table.fetched("b1", 8)
+    bench.table.wait("b1")
+    assert bench.table.adapters["b1"].read and bench.table.next_action(0, SLICE_S) is None
+    assert bench.table.adapters["a1"].closing
+    bench.release("a1")
+    assert list(bench.bank) == ["b1"] and not bench.table.adapters["b1"].read, "the next time it is read again"
+
+
 def test_no_request_gets_in_while_an_adapter_is_being_unloaded() -> None:
     bench = Bench(columns=8)
     bench.want(a="a1")
     bench.table.want(2, registered(a="a1", b="b1"))
     bench.table.fetched("b1", 8)
+    assert bench.table.next_action(0, 0.0) == Read("b1")
+    assert bench.table.acquire("a1", None) == "a1", "reading disturbs nobody"
+    bench.table.release("a1")
     assert bench.table.next_action(0, 0.0) == Unload("a1")
     assert bench.table.acquire("a1", None) is None
     bench.table.still_in_use("a1")
@@ -305,6 +334,7 @@ def test_when_the_engine_has_less_room_than_it_said_an_idle_adapter_goes() -> No
     assert bench.table.next_action(24, 0.0) == Load("b1")
     bench.table.short("b1", "needs 24 columns, 16 free")
     assert bench.table.adapters["b1"].state is AdapterState.PENDING
+    assert bench.table.next_action(24, 0.0) == Read("b1")
     assert bench.table.next_action(24, 0.0) == Unload("a1")
 
 

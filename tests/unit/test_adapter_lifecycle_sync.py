@@ -39,6 +39,8 @@ class SlowEngine:
     def free_columns(self) -> int:
         return self.max_columns - sum(info.num_columns for info in self.resident.values())
 
+    def read_adapter(self, digest: str, directory: Path) -> None: ...
+
     def load_adapter(self, digest: str, directory: Path) -> AdapterInfo:
         self.loading.set()
         assert self.may_load.wait(DEADLINE_S)

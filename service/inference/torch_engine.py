@@ -275,9 +275,9 @@ class TorchEngine:
         return self._pending()
 
     def _breathe(self, spent_s: float) -> None:
-        """Loading takes at most half of a processor from running requests."""
+        """Loading takes at most a third of a processor from running requests."""
         if self._rows:
-            time.sleep(spent_s)
+            time.sleep(2 * spent_s)
 
     def _run(self) -> None:
         while True:

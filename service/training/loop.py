@@ -40,12 +40,12 @@ from service.training.checkpoint import Identity
 from service.training.gate import GateReport
 from service.training.keeper import Keeper
 from service.training.loader import Loader
-from service.training.objectives.sft import SupervisedLoss
+from service.training.objectives.sft import Batch, SupervisedLoss
 from service.training.patience import Patience
 from service.training.profiling import profiler
 from service.training.ranklog import RankLog
 from service.training.strategy import World
-from service.training.together import Together
+from service.training.together import Seat, Together
 from service.training.watch import Watch
 
 AGREE_EVERY_S = 10.0  # inside a step longer than twice this, the workers agree so often on whether to stop
@@ -160,6 +160,8 @@ class _Session:
         together: Together | None,
     ) -> None:
         self.job, self.config, self.world, self.run, self.log = job, config, world, run, log
+        self.together = together
+        self.seat: Seat | None = None  # its micro-batches are computed with other runs'
         self.turn: Callable[[], AbstractContextManager[None]] = together.turn if together else nullcontext
         writer = f"a{job.attempt}-r{world.rank}"
         self.metrics, self.ledger, self.events = (
@@ -196,33 +198,39 @@ class _Session:
     def train_steps(self, report: Callable[[Metrics], None] | None) -> TrainResult:
         with self.turn():
             step = self._start()
+        if self.together:
+            self.seat = self.together.seat(self.objective, self.batches, self._largest_tokens())
         last = self._metrics_of(step)
         stopped: str | None = None
         with (
             profiler(self.run, self.world.rank, self.job.attempt, enabled=self.job.profile) as profile,
             self._loader(self.plan.rows, self.plan.num_steps, self.rows) as self.loader,
+            self.seat.stepping() if self.seat else nullcontext(),
         ):
             while step < self.plan.num_steps and stopped is None and not self._patience_is_over():
                 self.watch.raise_if_failed()
                 self.keeper.saver.raise_if_failed()
-                with self.turn():
+                with nullcontext() if self.seat else self.turn():
                     # Around the whole of it, because moments are made in an update.
                     with start_checks.out_of_memory_as_ours(self.batches.micro, self.world):
                         metrics, stop = self._step(step)
                     profile.step()
-                    if metrics is not None:  # else it was not made
-                        step, last = step + 1, metrics
-                        self._after_step(step, last, report)
+                if metrics is not None:  # else it was not made
+                    step, last = step + 1, metrics
+                    self._after_step(step, last, report)
                 if stop or self.keeper.due(step, self.plan.num_steps):
                     self.watch.moved(f"checkpoint of step {step}")
-                    self.keeper.take(step)
+                    with self._away():
+                        self.keeper.take(step)
                 if stop and step < self.plan.num_steps:
                     stopped = self.watch.stop_reason or "asked to stop"  # another worker may have seen the reason first
         self.keeper.saver.wait()
         if stopped is None:
             if (best := self.keeper.back_to_the_best(step)) != step:
                 step, last = best, self._metrics_of(best)
-            if measured := self._test():
+            with self.turn():
+                measured = self._test()
+            if measured:
                 last |= measured
                 self._log(step, last)
         return TrainResult(step, last, stopped, head=self.head, packing=self.packing)
@@ -254,6 +262,10 @@ class _Session:
         patience = self._patience("reading data")
         return Loader(rows_of, num_steps, self.batches, source, patience, fillers=self.strategy.equal_rounds)
 
+    def _largest_tokens(self) -> int:
+        sequences = self.batches.largest(self.rows)
+        return len(sequences) * max(int(self.rows.lengths[pack].sum()) for pack in sequences)
+
     def _micro(self, *, packed: bool) -> int:
         gpu = self.world.device.type == "cuda"
         return micro_sequences(self.config, self.rows.lengths, self.world.size, packed=packed, gpu=gpu)
@@ -261,7 +273,8 @@ class _Session:
     def _after_step(self, step: int, metrics: Metrics, report: Callable[[Metrics], None] | None) -> None:
         """Evaluate where it is time, and tell everybody."""
         if step == self.plan.num_steps or _due(step, self.config.evaluate.every.steps):
-            metrics |= self._evaluate("eval", self.eval_rows)
+            with self._away(), self.turn():
+                metrics |= self._evaluate("eval", self.eval_rows)
             self.keeper.evaluated(step, metrics)
         self._log(step, metrics)
         if report:
@@ -291,14 +304,12 @@ class _Session:
             if index is None:
                 self._filler(last)
                 continue
-            torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
+            if self.seat is None:  # else nothing draws, and another run may be drawing
+                torch.manual_seed(_draw_seed(self.config.seed, step, index))  # dropout: the same draws on any worker
             batch = self.loader.take()
-            with self.batches.compute():
-                loss = self.objective(batch)
-            value = float(loss.item())
+            assert batch is not None, "a turn with an index has a micro-batch"
+            value = self.seat.compute(batch) if self.seat else self._compute(batch, last)
             suspects += [] if math.isfinite(value) else [row for pack in batches[index] for row in pack]
-            self.strategy.backward(loss, last=last)
-            del loss  # and its graph: bitsandbytes' products keep weights there, under zero3 a gathered copy of each
             loss_sum += value
         sums = self.strategy.finish(loss_sum, stop=self.watch.stop_reason is not None)
         self._demand_finite(step, "loss", sums.loss, rows, suspects)
@@ -327,6 +338,20 @@ class _Session:
         if self.config.precision == "fp16":
             metrics["optim/loss_scale"] = update.loss_scale
         return metrics, sums.stop
+
+    def _compute(self, batch: Batch, last: bool) -> float:
+        """The summed loss of a micro-batch, in nats; its gradients are added.
+
+        Its graph is gone at the end: bitsandbytes' products keep weights there, under zero3 a gathered copy of each.
+        """
+        with self.batches.compute():
+            loss = self.objective(batch)
+        self.strategy.backward(loss, last=last)
+        return float(loss.item())
+
+    def _away(self) -> AbstractContextManager[None]:
+        """Around what takes long between steps: runs that share this one's batches do not wait for it."""
+        return self.seat.away() if self.seat else nullcontext()
 
     def _filler(self, last: bool) -> None:
         """A turn of a worker that has fewer micro-batches than another: where collectives must be equal, one of weight 0."""
@@ -420,7 +445,7 @@ class _Session:
             )
 
     def _free_memory(self) -> None:
-        del self.objective, self.model, self.strategy, self.keeper
+        del self.objective, self.model, self.strategy, self.keeper, self.seat
         gc.collect()
         if self.world.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -157,6 +157,7 @@ def run(case: Case) -> Row:
         if case.resumed:
             jobs["real"]["attempt"] = 2
             file.write_text(json.dumps(jobs))
+            file.with_suffix(".meeting").unlink(missing_ok=True)  # where the first pair met
             planned = {phase: size for phase, size in planned.items() if phase != "train"}
             peak = _measure(case, file)
         return Row(case, planned, peak)

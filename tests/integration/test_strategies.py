@@ -327,12 +327,14 @@ def test_one_worker_needs_no_process_group_and_learns_what_two_learn(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_the_loop_comes_to_the_same_adapter_under_every_strategy_and_its_gate_lets_it_pass(
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_the_loop_comes_to_the_same_model_under_every_strategy_and_its_gate_lets_it_pass(
     tmp_path: Path, method: str
 ) -> None:
     base = small_runs.small_base(tmp_path / "base")
-    run_file = small_runs.write_run_file(tmp_path / "run", base, method={"type": method, "r": 4, "alpha": 8})
+    options = {"type": method} | ({} if method == "full" else {"r": 4, "alpha": 8})
+    weights = "model.safetensors" if method == "full" else "adapter_model.safetensors"
+    run_file = small_runs.write_run_file(tmp_path / "run", base, method=options)
     settings = Settings(str(tmp_path / "home"), tmp_path / "cache")
     ended = {}
     for strategy in ("ddp", "zero2", "zero3"):
@@ -343,7 +345,7 @@ def test_the_loop_comes_to_the_same_adapter_under_every_strategy_and_its_gate_le
         result = json.loads(run_workers("tests.integration.loop_worker", file, 2)[0].strip().splitlines()[-1])
         assert result["gate"]["alive"] == result["gate"]["total"] > 0
         losses = [row[key] for row in run.metrics() for key in ("train/loss", "eval/loss") if key in row]
-        ended[strategy] = losses, load(storage.read_bytes(run.path("model", "adapter_model.safetensors")))
+        ended[strategy] = losses, load(storage.read_bytes(run.path("model", weights)))
     for strategy in ("zero2", "zero3"):
         assert ended[strategy][0] == pytest.approx(ended["ddp"][0], rel=TOLERANCE)
         assert largest_difference(ended[strategy][1], ended["ddp"][1]) < WEIGHT_TOLERANCE

@@ -21,6 +21,8 @@ pytestmark = [
 ]
 TRIALS = (
     ("optim.lr=1e-2", "method.r=4", "method.alpha=8"),
+    ("optim.lr=2e-2", "method.r=3", "method.alpha=3"),
+    ("optim.lr=5e-3", "method.r=8", "method.alpha=32", "method.rslora=true", "optim.batch.rows=4"),
     ("optim.lr=3e-3", "method.r=2", "method.alpha=4", "method.dropout=0.1"),  # draws of its own
 )
 
@@ -62,10 +64,13 @@ def test_the_losses_of_runs_that_share_a_base_equal_those_of_the_same_runs_alone
     alone = jobs(run_file, settings)
     torch.set_num_threads(1)
     for (run, _), (own, job), result in zip(shared, alone, results, strict=True):
-        assert train(job, World()).step == result.step == 8
-        assert figures(run) == figures(own)  # float32, the same operations on the same numbers
+        assert train(job, World()).step == result.step >= 8
+        for mine, wanted in zip(figures(run), figures(own), strict=True):
+            assert mine == pytest.approx(wanted, rel=1e-5)  # float32: products of more rows round otherwise
         assert result.gate and result.gate.alive == result.gate.total
+    assert figures(shared[-1][0]) == figures(alone[-1][0]), "the same operations on the same numbers, in its turns"
     assert len({str(figures(run)) for run, _ in shared}) == len(TRIALS)
+    assert together.num_joint >= 8
 
 
 def test_models_that_share_a_base_hold_its_tensors_once(run_file: Path, settings: Settings) -> None:

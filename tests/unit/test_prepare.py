@@ -350,13 +350,11 @@ def test_a_template_that_cannot_train_a_row_names_it(tmp_path: Path, renderer: C
         _prepare(_file(tmp_path, "one"), endless, str(tmp_path / "home"))
 
 
-def test_an_answer_without_a_question_is_trained_or_its_row_named(tmp_path: Path, renderer: CountingRenderer) -> None:
+def test_an_answer_without_a_question_is_named_with_its_row(tmp_path: Path, renderer: CountingRenderer) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"messages": [{"role": "assistant", "content": "a"}]}))
-    try:
-        assert _prepare(str(file), renderer, str(tmp_path / "home")).examples == 1
-    except DataError as error:
-        assert "row 1" in str(error)
+    with pytest.raises(DataError, match=r"row 1: messages has only an answer, wanted the user's message before it"):
+        _prepare(str(file), renderer, str(tmp_path / "home"))
 
 
 def test_a_conversation_that_a_template_rewrites_is_counted_as_split(

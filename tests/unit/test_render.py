@@ -126,13 +126,9 @@ def test_a_conversation_without_an_answer_is_refused(tmp_path: Path, messages: l
         renderer_in(tmp_path).examples(messages)
 
 
-def test_an_answer_without_a_question_is_trained_or_refused_in_words(tmp_path: Path) -> None:
-    renderer = renderer_in(tmp_path)
-    try:
-        (example,) = renderer.examples([TALK[2]])
-    except DataError:
-        return
-    assert _trained(renderer, example) == "<think>hm</think>1<|im_end|>"
+def test_an_answer_without_a_question_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is nothing to answer"):
+        renderer_in(tmp_path).examples([TALK[2]])
 
 
 def test_a_tokenizer_without_a_template_is_refused_and_one_can_be_given(tmp_path: Path) -> None:

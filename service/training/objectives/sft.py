@@ -91,6 +91,30 @@ def collate(packs: Sequence[Sequence[TokenArrays]], device: torch.device) -> Bat
     )
 
 
+def stacked(batches: Sequence[Batch]) -> Batch:
+    """Their sequences in one batch, padded to the longest, in order."""
+    longest = max(batch.ids_BT.shape[1] for batch in batches)
+
+    def padded(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([functional.pad(tensor, (0, longest - tensor.shape[1])) for tensor in tensors])
+
+    positions_BT = None
+    if any(batch.positions_BT is not None for batch in batches):
+        positions_BT = torch.cat([_positions(batch, longest) for batch in batches])
+    return Batch(
+        padded([batch.ids_BT for batch in batches]), padded([batch.trained_BT for batch in batches]), positions_BT
+    )
+
+
+def _positions(batch: Batch, longest: int) -> torch.Tensor:
+    """[B, longest]: what is added as padding is one more example, which nobody looks at."""
+    own_BT = batch.positions_BT
+    if own_BT is None:
+        own_BT = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device).expand_as(batch.ids_BT)
+    more = torch.arange(longest - own_BT.shape[1], device=own_BT.device).expand(len(own_BT), -1)
+    return torch.cat([own_BT, more], dim=1)
+
+
 def rounding_noise(dtype: torch.dtype, log_probs: torch.Tensor) -> float:
     """How far, in mean nats a token, other products in this type may be from these log-probabilities."""
     least, share = ROUNDING.get(dtype, ROUNDING[torch.float32])
@@ -128,14 +152,13 @@ class SupervisedLoss(torch.nn.Module):
 
     def forward(self, batch: Batch, summed: bool = True) -> torch.Tensor:
         """The sum over supervised tokens of -log p, in nats, with its gradient; not `summed`, each log p, [N] float32."""
-        targets_N = batch.targets_N
-        if self.head is None or self.own_forward:
-            logits_NV = self._at_supervised(self._causal, "logits", batch).float()
-            loss = functional.cross_entropy(logits_NV, targets_N, reduction="sum" if summed else "none")
-            return loss if summed else -loss
-        hidden_ND = self._at_supervised(self._decoder, "last_hidden_state", batch)
-        result: torch.Tensor = self.head(hidden_ND, targets_N, summed)
-        return result
+        return self._loss(self._at_supervised(batch), batch.targets_N, summed)
+
+    def each(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """The loss of every batch, as `forward` sums it, out of one pass over all of them."""
+        counts = [len(batch.targets_N) for batch in batches]
+        parts = torch.split(self._at_supervised(stacked(batches)), counts)
+        return [self._loss(values, batch.targets_N, True) for values, batch in zip(parts, batches, strict=True)]
 
     @torch.no_grad()
     def log_probs(self, batch: Batch) -> torch.Tensor:
@@ -218,8 +241,19 @@ class SupervisedLoss(torch.nn.Module):
     def _probed(self, packs: Sequence[Sequence[TokenArrays]]) -> torch.Tensor:
         return self.log_probs(collate(packs, next(self.model.parameters()).device))
 
-    def _at_supervised(self, module: Any, output: str, batch: Batch) -> torch.Tensor:
-        """`output` of the model or its decoder where a supervised token is predicted, [N, ...]."""
+    def _loss(self, values_NX: torch.Tensor, targets_N: torch.Tensor, summed: bool) -> torch.Tensor:
+        """From what `_at_supervised` gives."""
+        if self.head is None or self.own_forward:
+            loss = functional.cross_entropy(values_NX.float(), targets_N, reduction="sum" if summed else "none")
+            return loss if summed else -loss
+        result: torch.Tensor = self.head(values_NX, targets_N, summed)
+        return result
+
+    def _at_supervised(self, batch: Batch) -> torch.Tensor:
+        """Where a supervised token is predicted, [N, ...]: logits on the model's own road, hidden states on the fast one."""
+        module, output = self._decoder, "last_hidden_state"
+        if self.head is None or self.own_forward:
+            module, output = self._causal, "logits"
         ids_BT, positions_BT = batch.ids_BT, batch.positions_BT
         if positions_BT is None:
             values_BTX = getattr(module(input_ids=ids_BT, use_cache=False), output)

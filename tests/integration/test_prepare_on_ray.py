@@ -16,7 +16,10 @@ from service.errors import DataError, ModelError
 from service.render import Renderer, load_renderer
 from tests.integration.tiny import CHATML, save_tokenizer
 
-pytestmark = [pytest.mark.filterwarnings("ignore::ResourceWarning")]  # Ray leaves sockets to the garbage collector
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Ray leaves sockets to the garbage collector
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),  # of its own context, as it copies that
+]
 RECIPE = Recipe(reading=ReadingBlock(), train_on="responses", seq_len=256, over_long="error")
 NUM_ROWS = 2000
 
@@ -53,7 +56,7 @@ def test_ray_data_writes_the_bytes_that_one_process_writes(
     uri = _file(tmp_path / "rows.jsonl")
     spread = _prepare(uri, renderer, tmp_path / "spread", on_ray=True)
     alone = _prepare(uri, renderer, tmp_path / "alone", on_ray=False)
-    assert spread == alone and spread.examples == NUM_ROWS
+    assert (spread.digest, spread.tokens, spread.examples) == (alone.digest, alone.tokens, NUM_ROWS)
     assert _shards(tmp_path / "spread") == _shards(tmp_path / "alone") and len(_shards(tmp_path / "alone")) > 20
 
 

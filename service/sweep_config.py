@@ -90,7 +90,7 @@ class Budget(Block):
 class SearchBlock(Block):
     """How values are found: `trials` is 16 unless given, for a grid all of it. `parallel`: as many as have room, unless given.
 
-    `share_base`: all trials train in one worker on one copy of the frozen base, `parallel` of them (4 unless given) in turns.
+    `share_base`: all trials train in one worker on one copy of the frozen base, `parallel` of them (4 unless given) at a time.
     """
 
     algorithm: Literal["random", "grid", "tpe"] = "random"

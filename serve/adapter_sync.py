@@ -276,9 +276,12 @@ class AdapterSync:
                 self._engine.read_adapter(digest, directory)
                 return
             info = self._engine.load_adapter(digest, directory)
-        except (ConflictError, StorageError) as error:
+        except ConflictError as error:
             with self._lock:
                 self._table.short(digest, str(error))
+        except StorageError as error:
+            with self._lock:
+                self._table.unread(digest, str(error))
         except Exception as error:
             with self._lock:
                 self._table.refuse(digest, _reason(error, model))

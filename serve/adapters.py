@@ -60,6 +60,7 @@ class Adapter:
     last_used: int = 0
     refusal: str = ""
     shortage: str = ""
+    unreadable: bool = False  # just now: nobody makes room for it before something changes
 
     @property
     def state(self) -> AdapterState:
@@ -96,14 +97,14 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Read:
-    """Read and check its tensors while others make room; then call nothing, or `short` or `refuse`."""
+    """Read and check its tensors while others make room; then call nothing, or `unread` or `refuse`."""
 
     digest: str
 
 
 @dataclass(frozen=True)
 class Load:
-    """Make it resident; then call `loaded`, `short` or `refuse`."""
+    """Make it resident; then call `loaded`, `short`, `unread` or `refuse`."""
 
     digest: str
 
@@ -144,7 +145,7 @@ class AdapterTable:
             adapter = self.adapters.setdefault(entry.digest, Adapter(entry.digest, entry.model))
             adapter.model, adapter.source = entry.model, entry.source
             if entry.since > adapter.since:
-                adapter.since, adapter.refusal, adapter.fresh = entry.since, "", True
+                adapter.since, adapter.refusal, adapter.fresh, adapter.read = entry.since, "", True, False
         pins = {entry.digest for entry in labels.values() if entry.pin}
         for adapter in self.adapters.values():
             adapter.pinned = adapter.digest in pins
@@ -205,6 +206,8 @@ class AdapterTable:
             if adapter.state is AdapterState.DRAINING and adapter.running == 0:
                 return self._unload(adapter)
         for adapter in self._to_load():
+            if adapter.unreadable:
+                continue
             if not adapter.cached:
                 if not adapter.shortage:
                     return Fetch(adapter.digest, adapter.model, adapter.source)
@@ -248,6 +251,11 @@ class AdapterTable:
     def short(self, digest: str, reason: str) -> None:
         """It cannot be fetched or loaded just now, for this reason: it is tried again after the next change or poll."""
         self.adapters[digest].shortage = reason
+
+    def unread(self, digest: str, reason: str) -> None:
+        """The store does not give its files just now: as `short`, and nobody is moved for it meanwhile."""
+        adapter = self.adapters[digest]
+        adapter.shortage, adapter.unreadable, adapter.read = reason, True, False
 
     def refuse(self, digest: str, reason: str) -> None:
         """It cannot be served, for this reason, until it is withdrawn."""
@@ -325,7 +333,7 @@ class AdapterTable:
         for digest, adapter in list(self.adapters.items()):
             adapter.closing &= in_line  # nobody to make room for any more
             adapter.wanted = digest in kept
-            adapter.shortage = ""
+            adapter.shortage, adapter.unreadable = "", False
             if adapter.state is AdapterState.GONE:
                 del self.adapters[digest]
 

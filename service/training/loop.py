@@ -290,6 +290,8 @@ class _Session:
         long, or overflown in float16, whose loss scale is smaller now.
         """
         started = time.monotonic()
+        if self.seat:
+            self.seat.waited_s = 0.0
         share = self.loader.begin(step)
         rows, batches, mine = np.asarray(share.rows), share.batches, share.mine
         supervised = int(self.rows.supervised[rows].sum())
@@ -321,7 +323,7 @@ class _Session:
         self._demand_finite(step, "gradient norm", update.grad_norm, rows, suspects)
         drawn = [int(self.rows.row_numbers[row]) for i in mine if i is not None for pack in batches[i] for row in pack]
         self.ledger.append({"step": step + 1, "ids": drawn})
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started - (self.seat.waited_s if self.seat else 0.0)
         self.step_seconds = self.world.from_first(int(1000 * seconds)) / 1000
         tokens = int(self.rows.lengths[rows].sum())
         metrics = {

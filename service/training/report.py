@@ -24,7 +24,9 @@ def write_report(
 ) -> tuple[str, str | None]:
     """Write both files; the URI of report.md, and its warning if it has one."""
     rows = run.metrics()
-    warning = got_worse([figure(row["train/loss"]) for row in rows if "train/loss" in row])
+    warning = got_worse(
+        [figure(row["train/loss"]) for row in rows if "train/loss" in row and row["step"] <= result.step]
+    )
     storage.write_bytes(run.path("loss.png"), loss_curve(rows))
     uri = run.path("report.md")
     storage.write_bytes(uri, _page(run, resolved, plan, result, published, rows, warning).encode())
@@ -110,9 +112,9 @@ def _page(
             f"alive {gate.alive}/{gate.total}; reloaded = trained within {gate.largest_difference:.2g} nats "
             f"(allowed {gate.tolerance:.2g}); differs from the base by up to {gate.change_from_base:.2g}"
         )
-    lines = [f"# Run {run.id}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
     if warning:
         table["warning"] = warning
+    lines = [f"# Run {run.id}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in table.items())]
     values = leaves(config.model_dump(mode="json", by_alias=True))
     changed = [f"- `{key}`: {value}" for key, value in values if resolved.sources.get(key) == "--set"]
     lines += ["", "![loss](loss.png)", "", "## Run file", "", "```yaml", resolved.text.rstrip(), "```"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,6 +41,8 @@ class Seat:
     max_tokens: int  # of a batch, padding included
     batch: Batch | None = None  # waits for a round
     loss: float | BaseException | None = field(default=None)  # what the round has brought
+    computed_s: float = 0.0  # which took so long
+    waited_s: float = 0.0  # for others, since the caller set it to 0
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
@@ -61,7 +64,10 @@ class Seat:
 
     def compute(self, batch: Batch) -> float:
         """The summed loss of a micro-batch, in nats; its gradients are added to the run's parameters."""
-        return self.together.compute(self, batch)
+        began = time.monotonic()
+        loss = self.together.compute(self, batch)
+        self.waited_s += time.monotonic() - began - self.computed_s
+        return loss
 
 
 class Together:
@@ -154,11 +160,15 @@ class Together:
         return self._stepping[0] is seat and all(other.batch is not None for other in self._stepping)
 
     def _compute(self, group: Sequence[tuple[Seat, Batch]]) -> None:
-        """One pass forwards and backwards; what it brings, or what was raised, is everybody's in it."""
-        first = group[0][0]
+        """One pass forwards and backwards; what it brings, or what was raised, is everybody's in it.
+
+        Where several do not get through it forwards, for memory or whatever one of them has, each is tried alone.
+        """
+        first, began, summed = group[0][0], time.monotonic(), list[torch.Tensor]()
         losses: Sequence[float | BaseException]
         try:
             with self.turn(), beside([(seat.fused, len(batch.ids_BT)) for seat, batch in group]):
+                began = time.monotonic()
                 with first.batches.compute():
                     summed = first.objective.each([batch for _, batch in group])
                 losses = torch.stack(summed).tolist()
@@ -166,16 +176,21 @@ class Together:
             self.num_joint += len(group) > 1
         except BaseException as error:
             losses = [error, *(_of_another(error) for _ in group[1:])]
+        if len(group) > 1 and not summed:
+            del losses  # with the error, and what it keeps alive
+            for part in group:
+                self._compute([part])
+            return
         with self._changed:
             for (seat, _), loss in zip(group, losses, strict=True):
-                seat.loss = loss
+                seat.loss, seat.computed_s = loss, time.monotonic() - began
             self._changed.notify_all()
 
 
 def _of_another(error: BaseException) -> BaseException:
     """For a run whose sequences were in a batch that failed: its own copy, because a traceback belongs to one thread."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return torch.OutOfMemoryError(str(error))
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return type(error)(str(error))
     return TrainingError(f"a batch that this run shared with others failed: {type(error).__name__}: {error}")
 
 
@@ -198,6 +213,7 @@ def _fit(group: Sequence[tuple[Seat, Batch]]) -> bool:
     return all(
         num_tokens <= seat.max_tokens
         and seat.fused.keys() == first.fused.keys()
-        and seat.objective.own_forward == first.objective.own_forward
+        and seat.objective.roads == first.objective.roads
+        and (seat.batches.capacity is None) == (first.batches.capacity is None)
         for seat, _ in group
     )

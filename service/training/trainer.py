@@ -257,6 +257,7 @@ def _all_at_once(config: dict[str, Any]) -> None:
 
 def _guest(desk: Any, turn: int, job: TrainJob, world: World, together: Together) -> None:
     import ray
+    import torch
 
     answer: TrainResult | LorayError
     try:
@@ -265,8 +266,12 @@ def _guest(desk: Any, turn: int, job: TrainJob, world: World, together: Together
         answer = error
     except Exception as error:
         answer = TrainingError(f"worker 0 failed: {type(error).__name__}: {error}")
-    ray.get(desk.hand_in.remote(turn, pickle.dumps(answer)))
+    said = pickle.dumps(answer)
+    del answer  # an error keeps what failed in memory
     gc.collect()  # its adapters go before another guest comes
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    ray.get(desk.hand_in.remote(turn, said))
 
 
 def _jobs(desk: Any) -> Iterator[tuple[int, TrainJob]]:

@@ -64,6 +64,7 @@ def test_a_run_ends_published_with_report_and_curve(place: Place) -> None:
     report = storage.read_bytes(run.path("report.md")).decode()
     assert "alive 14/14" in report
     assert "small@1" in report and "- `checkpoint.keep_last`: 2\n" in report
+    assert "| warning |" not in report
     manifest = Registry(place.settings.home).manifest(ModelRef.parse("small@1"))
     assert manifest.run == run.id
     assert manifest.metrics["train/loss"] == losses(run)[-1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +148,10 @@ def test_a_run_that_draws_random_numbers_or_is_in_float16_has_its_turns(run_file
     assert all(together.seat(SupervisedLoss(model), batches["fp32"], 100) for model in plain)
     assert together.seat(SupervisedLoss(with_dropout), batches["fp32"], 100) is None
     assert together.seat(SupervisedLoss(plain[0]), batches["fp16"], 100) is None
+    for key, value in (("hidden_dropout_prob", 0.1), ("rope_parameters", {"rope_type": "dynamic", "rope_theta": 1e4})):
+        one: Any = plain.pop()
+        setattr(one.get_base_model().config, key, value)
+        assert together.seat(SupervisedLoss(one), batches["fp32"], 100) is None, key
 
 
 def test_rounds_wait_for_who_steps_and_not_for_who_is_away_and_a_failure_is_everybodys(
@@ -164,13 +170,23 @@ def test_rounds_wait_for_who_steps_and_not_for_who_is_away_and_a_failure_is_ever
         with second.away():
             assert waiting.result(60) > 0 and together.num_joint == 1
 
-        def broken(batches: object) -> list[torch.Tensor]:
+        each = SupervisedLoss.each
+
+        def too_much(self: SupervisedLoss, batches: Sequence[Batch]) -> list[torch.Tensor]:
+            if len(batches) > 1 or self is second.objective:
+                raise MemoryError("no room for all of it")
+            return each(self, batches)
+
+        monkeypatch.setattr(SupervisedLoss, "each", too_much)
+        alone, failed = [pool.submit(seat.compute, batch) for seat in (first, second)]
+        assert alone.result(60) > 0 and "no room" in str(failed.exception(60))
+        monkeypatch.setattr(SupervisedLoss, "each", each)
+
+        def broken(losses: object) -> None:
             raise RuntimeError("the device is lost")
 
-        monkeypatch.setattr(first.objective, "each", broken)
-        monkeypatch.setattr(second.objective, "each", broken)
-        both = [pool.submit(seat.compute, batch) for seat in (first, second)]
-        errors = [future.exception(60) for future in both]
+        monkeypatch.setattr(torch.autograd, "backward", broken)
+        errors = [future.exception(60) for future in [pool.submit(seat.compute, batch) for seat in (first, second)]]
     assert {type(error) for error in errors} == {RuntimeError, TrainingError}
     assert all("the device is lost" in str(error) for error in errors)
 

@@ -299,6 +299,32 @@ def test_one_that_cannot_be_read_makes_nobody_leave() -> None:
     assert bench.state("b1") is AdapterState.REFUSED and list(bench.bank) == ["a1"]
 
 
+def test_one_whose_files_the_store_does_not_give_makes_nobody_leave_and_is_tried_again() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    bench.table.want(9, registered(a="a1", b="b1"))
+    bench.table.fetched("b1", 8)
+    for _ in range(2):
+        assert bench.table.next_action(0, 0.0) == Read("b1")
+        bench.table.unread("b1", "the store is away")
+        assert bench.table.next_action(0, 0.0) is None
+        assert bench.table.adapters["b1"].detail == "the store is away"
+        bench.table.want(9, registered(a="a1", b="b1"))  # the next poll
+    bench.settle()
+    assert list(bench.bank) == ["b1"]
+
+
+def test_one_that_was_broken_and_is_put_again_is_read_again_first() -> None:
+    bench = Bench(columns=8)
+    bench.want(a="a1")
+    bench.unreadable.add("b1")
+    bench.want(a="a1", b="b1")
+    labels = registered(a="a1", b="b1")
+    labels["b"] = labels["b"].model_copy(update={"since": 99})
+    bench.table.want(99, labels)
+    assert bench.table.next_action(0, 0.0) == Read("b1")
+
+
 def test_what_waits_for_turns_is_read_once_while_they_end() -> None:
     bench = Bench(columns=8)
     bench.want(a="a1")

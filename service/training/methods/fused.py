@@ -8,6 +8,7 @@ products are added in place. Seen on SmolLM2-135M, r=16 on all linears, 512 toke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -47,17 +48,28 @@ Fused = Mapping[str, "_Forward"]  # the linears of a model by name
 def fused_linears(model: torch.nn.Module) -> Fused | None:
     """The linears of a model that can compute its sequences beside another adapter's; None where some part of it cannot.
 
-    Every adapter must be fused, no part may draw random numbers or send tokens to different experts.
+    Every adapter must be fused; no part may draw random numbers, send tokens to different experts, or turn positions by
+    the length of the longest sequence.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     fused = {name: module.forward for name, module in adapted.items() if isinstance(module.forward, _Forward)}
-    draws = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
-    draws |= bool(getattr(model.config, "attention_dropout", 0.0))
-    if not fused or len(fused) < len(adapted) or draws or any("expert" in name for name, _ in model.named_modules()):
+    named = dict(model.named_modules())
+    draws = any(isinstance(module, torch.nn.Dropout) and module.p for module in named.values())
+    experts = any("expert" in name for name in named)
+    if not fused or len(fused) < len(adapted) or draws or experts or _is_particular(model):
         return None
     return fused
+
+
+def _is_particular(model: Any) -> bool:
+    """Whether the config has any dropout, under whatever name, or positions that depend on the batch."""
+    config = model.get_base_model().config
+    values = config.to_dict() | config.get_text_config().to_dict()
+    drops = any("drop" in key and isinstance(value, (int, float)) and value for key, value in values.items())
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    return drops or any(kind in json.dumps(rope, default=str) for kind in ("longrope", "dynamic"))
 
 
 @contextmanager

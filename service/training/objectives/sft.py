@@ -150,6 +150,11 @@ class SupervisedLoss(torch.nn.Module):
         causal = self._causal
         return getattr(causal, causal.base_model_prefix, None)
 
+    @property
+    def roads(self) -> tuple[bool, bool]:
+        """What the probes have chosen for this model: its own head, and attention example by example."""
+        return self.own_forward, attends_by_example(self._causal)
+
     def forward(self, batch: Batch, summed: bool = True) -> torch.Tensor:
         """The sum over supervised tokens of -log p, in nats, with its gradient; not `summed`, each log p, [N] float32."""
         return self._loss(self._at_supervised(batch), batch.targets_N, summed)

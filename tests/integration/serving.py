@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 
+from service.config import ServeConfig
 from service.domain import ModelRef
 from service.registry import ManifestDraft, Registry
 from service.settings import Settings
@@ -52,6 +54,20 @@ class Endpoint:
 
     def names(self) -> list[str | None]:
         return [adapter["name"] for adapter in self.http.get("/v1/adapters").json()["data"]]
+
+
+@contextmanager
+def served(config: ServeConfig, registry: Registry, settings: Settings) -> Iterator[Endpoint]:
+    """An endpoint of this config on the session's Ray cluster, with clients; gone afterwards, however the test ended."""
+    from serve import app
+
+    url = app.start(config, settings)
+    try:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
+        with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
+            yield Endpoint(url, http, client, registry, settings)
+    finally:
+        app.stop(config.endpoint)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

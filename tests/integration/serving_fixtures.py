@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 
 from service.base_models import resolve_base_model
@@ -19,7 +17,7 @@ from service.registry import ManifestDraft, Registry
 from service.render import load_renderer
 from service.settings import Settings
 from tests.integration import tiny
-from tests.integration.serving import DEADLINE_S, Endpoint, clear, free_port
+from tests.integration.serving import Endpoint, clear, free_port, served
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +67,8 @@ def config(base: Path, adapter_root: Path) -> ServeConfig:
 
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster: str, config: ServeConfig, registry: Registry, settings: Settings) -> Iterator[Endpoint]:
-    from serve import app
-
-    url = app.start(config, settings)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
-    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
-        yield Endpoint(url, http, client, registry, settings)
-    app.stop(config.endpoint)
+    with served(config, registry, settings) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture

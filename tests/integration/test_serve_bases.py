@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 import torch
 from peft import PeftModel
@@ -22,7 +18,7 @@ from service.registry import ManifestDraft, Registry
 from service.render import load_renderer
 from service.settings import Settings
 from tests.integration import tiny
-from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, free_port
+from tests.integration.serving import HELLO, free_port, served
 from tests.integration.trained import leave_full
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
@@ -36,17 +32,10 @@ pytestmark = [
 ]
 
 
-@contextmanager
-def _serving(model: str, registry: Registry, settings: Settings, **engine: Any) -> Iterator[Endpoint]:
-    from serve import app
-
+def _config(model: str, **engine: Any) -> ServeConfig:
     engine = {"slots": 4, "max_context": 256, "lora_columns": 24, "threads": 1, **engine}
     values = {"model": model, "endpoint": "bases", "precision": "fp32", "port": free_port(), "engine": engine}
-    url = app.start(ServeConfig.model_validate(values), settings)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
-    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
-        yield Endpoint(url, http, client, registry, settings)
-    app.stop("bases")
+    return ServeConfig.model_validate(values)
 
 
 def _answer(base: Path, adapter: Path | None, bits: BaseBits = 16) -> str:
@@ -67,7 +56,7 @@ def _answer(base: Path, adapter: Path | None, bits: BaseBits = 16) -> str:
 def test_a_quantised_base_answers_with_exact_adapters_on_top(
     ray_cluster: str, base: Path, registry: Registry, settings: Settings, adapter_root: Path, bits: BaseBits
 ) -> None:
-    with _serving(str(base), registry, settings, base_bits=bits) as endpoint:
+    with served(_config(str(base), base_bits=bits), registry, settings) as endpoint:
         assert endpoint.put("red", "red@1").status_code == 200
         answers = {"base": endpoint.ask("base"), "red": endpoint.ask("red")}
     assert answers == {"base": _answer(base, None, bits), "red": _answer(base, adapter_root / "red1", bits)}
@@ -90,7 +79,7 @@ def test_a_fully_fine_tuned_model_is_a_base_of_its_own(
     adapter = tiny.save_adapter(tmp_path / "whole", tmp_path / "on-whole", seed=11)
     draft |= {"base_model": "whole@1", "base_digest": digest(tmp_path / "whole")}
     registry.publish("above", adapter, ManifestDraft.model_validate({**draft, "rank": 8, "alpha": 16.0}))
-    with _serving("whole@1", registry, settings) as endpoint:
+    with served(_config("whole@1"), registry, settings) as endpoint:
         own = endpoint.client.models.list().data[0].id
         assert endpoint.put("above", "above@1").status_code == 200
         answers = [endpoint.ask(own), endpoint.ask("above")]

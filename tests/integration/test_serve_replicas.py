@@ -18,7 +18,7 @@ import pytest
 from service.config import ServeConfig
 from service.registry import Registry
 from service.settings import Settings
-from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, clear, free_port, wait_until
+from tests.integration.serving import HELLO, Endpoint, clear, free_port, served, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -33,15 +33,11 @@ STEADY_S = 4.0  # the router hears of residents once a second, through Serve's c
 
 @pytest.fixture(scope="module")
 def pair(ray_cluster: str, base: Path, registry: Registry, settings: Settings) -> Iterator[Endpoint]:
-    from serve import app
 
     engine = {"slots": 4, "max_context": 256, "lora_columns": 24, "threads": 1}
     values = {"model": str(base), "endpoint": "pair", "precision": "fp32", "port": free_port(), "engine": engine}
-    url = app.start(ServeConfig.model_validate({**values, "replicas": 2}), settings)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
-    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
-        yield Endpoint(url, http, client, registry, settings)
-    app.stop("pair")
+    with served(ServeConfig.model_validate({**values, "replicas": 2}), registry, settings) as pair:
+        yield pair
 
 
 def _states(pair: Endpoint) -> dict[str, str]:

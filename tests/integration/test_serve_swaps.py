@@ -8,15 +8,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
 
 from service.config import ServeConfig
 from service.registry import Registry
 from service.settings import Settings
 from tests.integration import tiny
-from tests.integration.serving import DEADLINE_S, Endpoint, free_port, publish, wait_until
+from tests.integration.serving import Endpoint, free_port, publish, served, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -34,20 +32,14 @@ def swapped(
     ray_cluster: str, base: Path, registry: Registry, settings: Settings, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Endpoint]:
     """The survivors resident, with room for three more adapters; spare@1, moving@1 and moving@2 are in the registry."""
-    from serve import app
-
     engine = {"slots": NUM_STREAMS, "max_context": 256, "lora_columns": 7 * 8, "threads": 1}
     values = {"model": str(base), "endpoint": "swapped", "precision": "fp32", "port": free_port(), "engine": engine}
-    url = app.start(ServeConfig.model_validate(values), settings)
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=DEADLINE_S)
-    with httpx.Client(base_url=url, timeout=DEADLINE_S) as http, client:
-        endpoint = Endpoint(url, http, client, registry, settings)
+    with served(ServeConfig.model_validate(values), registry, settings) as endpoint:
         for seed, family in enumerate(("green", "spare", "moving", "moving"), start=30):
             publish(endpoint, family, tiny.save_adapter(base, tmp_path_factory.mktemp(family) / "adapter", seed))
         for model in SURVIVORS:
             assert endpoint.put(model.replace("@", "-"), model).status_code == 200
         yield endpoint
-    app.stop("swapped")
 
 
 def test_a_hundred_swaps_fail_no_request_and_change_no_answer_of_the_others(swapped: Endpoint) -> None:

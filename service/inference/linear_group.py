@@ -2,7 +2,8 @@
 
 The members stay where transformers' code calls them. The first one called computes the outputs of all, the others find
 theirs; with adapters, the A matrices of all members are one product too, and so are the B matrices (block-diagonal, so
-that a member's columns reach its own outputs only). `lora_bank.py` owns the columns and says which row may see which.
+that a member's columns reach its own outputs only). Where that is faster, the B product is later joined with the base's.
+`lora_bank.py` owns the columns and says which row may see which.
 
 Shapes: I inputs, O outputs of all members together, M members, R columns; row r * M + m of A and B is column r of member m.
 """
@@ -11,25 +12,33 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from service.inference.products import Packed, Plain, Product, Way, Ways
+from service.inference.products import Joined, Packed, Plain, Product, Way, Ways
 
 if TYPE_CHECKING:
     from service.inference.adapter_files import LoraTensors
     from service.inference.lora_bank import LoraBank
 
 
+_USUAL_COLUMNS = 64  # for which it is measured whether to join
+
+
 @dataclass(frozen=True)
 class Columns:
-    """What a group adds for the resident adapters: products with A [R * M, I] and with B [O, R * M]."""
+    """What a group adds for the resident adapters: products with A [R * M, I] and with B [O, R * M].
 
+    `joined` does what the base's product and `b` do, once there has been time to make it.
+    """
+
+    count: int  # R
     a: Product
     b: Product
+    joined: Joined | None = None
 
 
 class LinearGroup:
@@ -47,10 +56,12 @@ class LinearGroup:
         self._own: list[nn.Linear] = []
         self._base: Product | None = None
         self._way: Way = Plain
+        self._joins = False
         if all(type(member) is nn.Linear for member in members):
             weight = torch.cat([member.weight for member in members])
             self._way = ways.way(weight)
             self._base = self._way(weight, _joined_bias(members), rows=ways.rows)
+            self._joins = ways.joins(weight, min(bank.max_columns, _USUAL_COLUMNS) * len(members))
         else:  # quantised: each keeps its own product
             self._own = members
         self._a: torch.Tensor | None = None
@@ -71,14 +82,32 @@ class LinearGroup:
         return output
 
     def _compute(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        y = self._base(x) if self._base else torch.cat([member(x) for member in self._own], dim=-1)
-        closed = self._bank.closed(len(self.names))
-        if closed is not None and self.columns is not None:
-            h = self.columns.a(x)
-            y = self.columns.b.add(h.masked_fill_(closed, 0.0), y)
+        columns, closed = self.columns, self._bank.closed(len(self.names))
+        if columns is None or closed is None:
+            y = self._without(x)
+        else:
+            h = columns.a(x).masked_fill_(closed, 0.0)
+            y = columns.joined(x, h) if columns.joined else columns.b.add(h, self._without(x))
         if len(self.spans) == 1:
             return (y,)
         return [y[..., span] for span in self.spans]
+
+    def _without(self, x: torch.Tensor) -> torch.Tensor:
+        return self._base(x) if self._base else torch.cat([member(x) for member in self._own], dim=-1)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether `join` would change anything."""
+        return self._joins and self.columns is not None and self.columns.joined is None
+
+    def join(self) -> None:
+        """Have one product for the base and the columns that are computed, between two steps.
+
+        Columns that are being written meanwhile are nobody's: whatever is copied of them is selected by no row.
+        """
+        if self.columns is not None and isinstance(self._base, Packed) and self._b is not None:
+            b_OR = self._b[: self.columns.count * len(self.names)].t()
+            self.columns = replace(self.columns, joined=self._base.joined(b_OR, self._rows))
 
     def with_columns(
         self,
@@ -121,7 +150,9 @@ class LinearGroup:
         def read() -> Columns | None:
             rows = used * members
             a_RI, b_OR = a[:rows], b[:rows].t()
-            return Columns(self._way(a_RI, rows=self._rows), self._way(b_OR, rows=self._rows)) if used else None
+            if not used:
+                return None
+            return Columns(used, self._way(a_RI, rows=self._rows), self._way(b_OR, rows=self._rows))
 
         if self._way is Packed:  # the running steps read copies
             write()

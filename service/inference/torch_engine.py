@@ -50,6 +50,7 @@ log = logging.getLogger(__name__)
 _PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
 _PROMPT_TOKENS_ALONE = {"cpu": 256, "cuda": 1024}
 _SCORED_TOKENS = 128  # of one prompt, where its log-probabilities are wanted: each is a row of the whole vocabulary
+_JOIN_S = 0.002  # of every step until the products of new adapters are joined with the base's
 _MAX_FAILED = 5  # steps in a row, none of which answered anybody: it's not the requests, it's the engine
 
 
@@ -271,8 +272,15 @@ class TorchEngine:
             self._admit()
             if self._rows:
                 self._advance_rows()
+            self._join()
             self._advanced_at = time.monotonic()
-        return self._pending()
+        return self._pending() or self._bank.is_apart
+
+    def _join(self) -> None:
+        try:
+            self._bank.join(_JOIN_S)
+        except RuntimeError:  # no memory; what is apart is right too
+            log.exception("a product of the adapters stays apart from the base's, and is slower for it")
 
     def _breathe(self, spent_s: float) -> None:
         """Loading takes at most a third of a processor from running requests."""
@@ -282,7 +290,7 @@ class TorchEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._pending())
+                self._changed.wait_for(lambda: self._closing or self._pending() or self._bank.is_apart)
                 if self._closing:
                     return
             self.step()

@@ -5,8 +5,8 @@
 All arms run in turn in one process, round after round; ratios are medians over the rounds of ratios within a round. 16
 requests (or one) with prompts of 60 tokens, 64 new tokens each, greedy, bfloat16; adapters of ranks 8 and 16 on all linear
 layers, with random weights. Beside the ratios of mixtures stands the limit that bytes alone set: a decode step reads every
-weight of the base, and here every adapter's too. The engine's requests are submitted at once and prefilled as they are served; for `generate`
-they are one static batch. Prints a table, and the ratios as one line of JSON.
+weight of the base, and here every adapter's too. The engine's requests are submitted at once and prefilled as they are
+served; for `generate` they are one static batch. Prints a table, and the ratios as one line of JSON.
 """
 
 from __future__ import annotations
@@ -72,6 +72,8 @@ class Arms:
             self.engine.unload_adapter(digest)
         for digest in wanted:
             self.engine.load_adapter(digest, self.adapters[digest])
+        while self.engine.step():  # it arranges what is resident while it runs
+            pass
         return wanted
 
     def answer(self, owners: Sequence[str | None]) -> Callable[[], int]:

@@ -14,14 +14,15 @@ from service.errors import ConflictError, NotFoundError
 from service.inference.adapter_files import LoraTensors
 from service.inference.linear_group import LinearGroup
 from service.inference.lora_bank import LoraBank
-from service.inference.products import Packed, Plain, Ways, fastest
+from service.inference.products import Packed, Plain, Way, Ways, fastest, joining_pays
 
 LAYER = "model.layers.0."
 Q, K, V, OUT = (f"{LAYER}self_attn.{name}_proj" for name in "qkvo")
 GATE, UP, DOWN = (f"{LAYER}mlp.{name}_proj" for name in ("gate", "up", "down"))
 GROUPS = [[Q, K, V], [OUT], [GATE, UP], [DOWN]]
 SIZES = {Q: (16, 16), K: (16, 8), V: (16, 8), OUT: (16, 16), GATE: (16, 24), UP: (16, 24), DOWN: (24, 16)}
-DTYPES = [torch.float32, torch.bfloat16]
+# What is multiplied, and whether the adapters' second product is joined with the base's (on a CPU, in bfloat16 only).
+FORMS = [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
 
 
 def _model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -36,9 +37,21 @@ def _model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     return model.to(dtype)
 
 
-def _bank(max_columns: int, dtype: torch.dtype = torch.float32) -> tuple[LoraBank, LlamaForCausalLM]:
+class _Joining(Ways):
+    """Joins whether it pays or not."""
+
+    def way(self, weight_OI: torch.Tensor) -> Way:
+        return Packed
+
+    def joins(self, weight_OI: torch.Tensor, num_columns: int) -> bool:
+        return True
+
+
+def _bank(
+    max_columns: int, dtype: torch.dtype = torch.float32, *, joined: bool = False
+) -> tuple[LoraBank, LlamaForCausalLM]:
     model = _model(dtype)
-    return LoraBank(model, max_columns, GROUPS), model
+    return LoraBank(model, max_columns, GROUPS, _Joining(rows=4) if joined else None), model
 
 
 def _adapter(
@@ -59,14 +72,18 @@ def _inputs(count: int, dtype: torch.dtype = torch.float32) -> dict[int, torch.T
     return {width: torch.randn(1, count, width).to(dtype) for width in (16, 24)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "joined"), FORMS)
 @torch.inference_mode()
-def test_every_token_gets_its_own_adapter_and_base_tokens_are_untouched(dtype: torch.dtype) -> None:
-    (bank, model), x = _bank(16, dtype), _inputs(4, dtype)
+def test_every_token_gets_its_own_adapter_and_base_tokens_are_untouched(dtype: torch.dtype, joined: bool) -> None:
+    (bank, model), x = _bank(16, dtype, joined=joined), _inputs(4, dtype)
     base = _outputs(_model(dtype), x)
     adapters = {"a": _adapter(2, dtype=dtype), "b": _adapter(5, (UP, K), dtype), "c": _adapter(3, dtype=dtype)}
     for digest, tensors in adapters.items():
         bank.install(digest, tensors)()
+    assert bank.is_apart is joined
+    bank.join(60.0)
+    assert not bank.is_apart
+    assert all(group.columns and (group.columns.joined is not None) is joined for group in bank.groups)
     owners: list[str | None] = ["c", None, "b", "a"]
     bank.select(owners)
     seen = _outputs(model, x)
@@ -98,18 +115,19 @@ def test_an_adapter_takes_any_free_columns_and_old_numbers_in_them_are_gone() ->
         torch.testing.assert_close(seen[name], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "joined"), FORMS)
 @pytest.mark.parametrize("seed", range(8))
 @torch.inference_mode()
-def test_what_a_token_gets_does_not_depend_on_what_the_others_hold(seed: int, dtype: torch.dtype) -> None:
+def test_what_a_token_gets_does_not_depend_on_what_the_others_hold(seed: int, dtype: torch.dtype, joined: bool) -> None:
     """Bit for bit: other inputs with NaN, infinities and overflow, other owners, and other adapters in other columns."""
-    draw, (bank, model) = random.Random(seed), _bank(24, dtype)
+    draw, (bank, model) = random.Random(seed), _bank(24, dtype, joined=joined)
     torch.manual_seed(seed)
     wild = _adapter(3, dtype=dtype)
     wild = {name: LoraTensors(pair.a_RI * 1e37, pair.b_RO * 1e37) for name, pair in wild.items()}
     adapters = {"mine": _adapter(4, dtype=dtype), "wild": wild, "other": _adapter(5, dtype=dtype)}
     for digest in draw.sample(list(adapters), 3):
         bank.install(digest, adapters[digest])()
+    bank.join(60.0)
     mine, count = draw.randrange(6), 6
     x = _inputs(count, dtype)
     for owner in ("mine", None):
@@ -232,6 +250,37 @@ def test_a_packed_product_is_the_plain_one_up_to_rounding() -> None:
         torch.testing.assert_close(packed(x), plain(x), rtol=0.02, atol=0.1)
         added = Plain(weight).add(x, y.clone())
         torch.testing.assert_close(Packed(weight, rows=4).add(x, y.clone()), added, rtol=0.02, atol=0.1)
+
+
+@torch.inference_mode()
+def test_products_are_joined_only_where_rows_without_adapter_keep_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, b_OR = torch.randn(960, 576).bfloat16(), torch.randn(960, 144).bfloat16()
+    base = Packed(weight, rows=16)
+    for rows in (1, 16, 100):
+        x = torch.randn(1, rows, 576).bfloat16()
+        assert torch.equal(base.joined(b_OR, 16)(x, torch.zeros(1, rows, 144).bfloat16()), base(x))
+    monkeypatch.setattr("service.inference.products._is_faster", lambda *_, **__: True)
+    assert joining_pays(weight, 144, rows=16)
+    assert not joining_pays(weight, 0, rows=16)
+    assert not joining_pays(torch.zeros(4096, 4096, dtype=torch.bfloat16), 144, rows=16)  # held twice, for nothing
+    monkeypatch.setattr("service.inference.products.Joined.__call__", lambda self, x, h: base(x) + 1)
+    assert not joining_pays(weight, 144, rows=16)
+
+
+@torch.inference_mode()
+def test_joined_products_come_apart_when_another_adapter_is_taken_over() -> None:
+    (bank, model), x = _bank(8, torch.bfloat16, joined=True), _inputs(2, torch.bfloat16)
+    bank.install("a", _adapter(2, dtype=torch.bfloat16))()
+    bank.join(60.0)
+    bank.select(["a", None])
+    joined = _outputs(model, x)
+    bank.install("b", _adapter(3, dtype=torch.bfloat16))()
+    assert bank.is_apart
+    bank.select(["a", None])
+    for name, apart in _outputs(model, x).items():
+        torch.testing.assert_close(apart, joined[name], rtol=0.02, atol=0.1)
+    bank.join(0.0)
+    assert bank.is_apart, "no time was given"
 
 
 def test_float32_and_other_devices_keep_pytorchs_own_product() -> None:

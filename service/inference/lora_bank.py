@@ -55,6 +55,7 @@ class LoraBank:
             for member, name in enumerate(names):
                 model.set_submodule(name, GroupedLinear(group, member))
         self.owner = [_FREE] * max_columns
+        self.changed_at = time.monotonic()  # when an adapter last came or went
         self._apart: list[LinearGroup] = []  # what is left to join
         self._computed = 0  # columns that a step computes: those used, and those freed since the last change
         self._slots: dict[str, int] = {}
@@ -152,6 +153,7 @@ class LoraBank:
                 group.columns = columns  # the new columns are nobody's, whatever was written there
             raise
         self._computed = used
+        self.changed_at = time.monotonic()
         self._apart = [group for group in self.groups if group.is_apart]
 
     @property

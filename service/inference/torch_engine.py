@@ -50,7 +50,9 @@ log = logging.getLogger(__name__)
 _PROMPT_TOKENS = {"cpu": 64, "cuda": 512}
 _PROMPT_TOKENS_ALONE = {"cpu": 256, "cuda": 1024}
 _SCORED_TOKENS = 128  # of one prompt, where its log-probabilities are wanted: each is a row of the whole vocabulary
-_JOIN_S = 0.002  # of every step until the products of new adapters are joined with the base's
+# Of every step, until the products of new adapters are joined with the base's; under load not before adapters have
+# stopped coming and going for so long: it would be in vain, and late tokens are what swaps must not bring.
+_JOIN_S, _JOIN_AFTER_S = 0.002, 1.0
 _MAX_FAILED = 5  # steps in a row, none of which answered anybody: it's not the requests, it's the engine
 
 
@@ -277,15 +279,17 @@ class TorchEngine:
         return self._pending() or self._bank.is_apart
 
     def _join(self) -> None:
+        if self._rows and time.monotonic() < self._bank.changed_at + _JOIN_AFTER_S:
+            return
         try:
             self._bank.join(_JOIN_S)
         except RuntimeError:  # no memory; what is apart is right too
             log.exception("a product of the adapters stays apart from the base's, and is slower for it")
 
     def _breathe(self, spent_s: float) -> None:
-        """Loading takes at most a third of a processor from running requests."""
+        """Loading takes at most a quarter of a processor from running requests."""
         if self._rows:
-            time.sleep(2 * spent_s)
+            time.sleep(3 * spent_s)
 
     def _run(self) -> None:
         while True:

@@ -154,6 +154,7 @@ class AdapterSync:
     def _beat(self) -> None:
         while not self._stopping.wait(self._heartbeat_every_s):
             try:
+                self._files.read()  # or a mount that is away would be written under
                 self._publish()
             except StorageError as error:
                 _log.warning("the heartbeat could not be written: %s", error)
@@ -193,7 +194,7 @@ class AdapterSync:
             if not self._away:
                 self._publish()
         self._notify()
-        if not self._away:  # the heartbeat goes on trying
+        if not self._away:
             self._publish()
 
     def _notify(self) -> None:

@@ -8,7 +8,7 @@ values is decided in `routing.py` and `adapters.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -77,12 +77,20 @@ class ReplicaReport(BaseModel):
     adapters: dict[str, AdapterReport] = {}
 
 
+@dataclass
+class _Seen:
+    """The newest epoch that this process has read or written."""
+
+    epoch: int = 0
+
+
 @dataclass(frozen=True)
 class EndpointFiles:
-    """The files of one endpoint."""
+    """The files of one endpoint. A desired state that goes back is a StorageError: storage that is away can look empty."""
 
     home: str
     endpoint: str
+    _seen: _Seen = field(default_factory=_Seen, repr=False, compare=False)
 
     def read(self) -> Desired:
         """The desired state; empty, epoch 0, before anything was registered."""
@@ -100,6 +108,7 @@ class EndpointFiles:
                 storage.compare_and_swap(self._desired, changed.model_dump_json(indent=1).encode(), tag)
             except ConflictError:
                 continue
+            self._seen.epoch = max(self._seen.epoch, changed.epoch)
             return changed
         raise ConflictError(f"{self._desired} was changed by others {_ATTEMPTS} times in a row. Try again.")
 
@@ -136,11 +145,20 @@ class EndpointFiles:
         return storage.join(self.home, "endpoints", self.endpoint, "replicas", f"{replica}.json")
 
     def _read_tagged(self) -> tuple[Desired, str | None]:
+        desired, tag, seen = Desired(), None, self._seen.epoch  # others may see a newer one while this is read
         try:
             data, tag = storage.read_tagged(self._desired)
+            desired = _parsed(Desired, data, self._desired)
         except NotFoundError:
-            return Desired(), None
-        return _parsed(Desired, data, self._desired), tag
+            pass
+        if desired.epoch < seen:
+            now = "is not there" if tag is None else f"is at {desired.epoch}"
+            raise StorageError(
+                f"{self._desired} was at epoch {seen} and {now}, and epochs only grow: is LORAY_HOME still the storage that "
+                "it was (a mount that is away looks empty)? Where the file was removed on purpose, restart the endpoint."
+            )
+        self._seen.epoch = max(self._seen.epoch, desired.epoch)
+        return desired, tag
 
 
 def live(reports: Sequence[ReplicaReport], now_s: float) -> list[ReplicaReport]:
@@ -158,5 +176,5 @@ def _parsed(model: type[ContentT], data: bytes, name: str) -> ContentT:
         problem = error.errors()[0]
         raise StorageError(
             f"{name} is no {model.__name__}: {problem['msg']} at {'.'.join(map(str, problem['loc'])) or 'the top'}. "
-            "Delete it and register the adapters again."
+            "Delete it, restart the endpoint, and register the adapters again."
         ) from None

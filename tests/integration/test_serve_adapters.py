@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from serve.adapter_sync import POLL_EVERY_S
-from serve.desired import EndpointFiles
+from serve.desired import HEARTBEAT_EVERY_S, EndpointFiles
 from serve.last_known import AGAIN_S
 from serve.registration import from_uri, register
 from serve.routing import Registered
@@ -230,6 +230,30 @@ def test_a_registration_taken_back_leaves_what_was_there_and_what_others_wrote_s
         "taken": "red@3",
     }
     assert files.read().epoch == 4
+
+
+def test_a_home_that_is_not_mounted_for_a_while_looks_empty_and_nothing_is_forgotten(loaded: Endpoint) -> None:
+    before = {name: loaded.ask(name) for name in ("base", "red", "blue@1")}
+    names, home = loaded.names(), Path(loaded.settings.home)
+    aside, mount_point = home.with_name("unmounted"), home.with_name("mount-point")
+    mount_point.mkdir()
+    home.rename(aside)
+    mount_point.rename(home)
+    try:
+        refused = loaded.http.delete("/v1/adapters/red")
+        assert refused.status_code == 503
+        assert "LORAY_HOME" in refused.json()["error"]["message"]
+        noticed = time.time()
+        while time.time() < noticed + HEARTBEAT_EVERY_S + POLL_EVERY_S:
+            assert {name: loaded.ask(name) for name in before} == before
+        written = [file for file in home.rglob("*") if file.is_file() and file.stat().st_mtime > noticed + POLL_EVERY_S]
+        assert written == [], "nothing is written below a mount that is away"
+    finally:
+        shutil.rmtree(home)
+        aside.rename(home)
+    wait_until(lambda: loaded.put("red", "red@2").status_code == 200, "changes are taken again")
+    assert loaded.ask("red") == loaded.ask("red@2") != before["red"]
+    assert loaded.names() == names
 
 
 def test_a_split_divides_traffic_by_key_and_every_answer_says_its_arm(loaded: Endpoint) -> None:

@@ -10,8 +10,9 @@ import pytest
 
 from serve.desired import AdapterReport, Base, Desired, EndpointFiles, ReplicaReport
 from serve.registration import follow, parse_wanted, register, registrable
+from serve.routing import Registered
 from service.domain import ModelRef
-from service.errors import ConfigError, RequestError
+from service.errors import ConfigError, RequestError, StorageError
 from service.registry import ManifestDraft, Registry
 
 BASE = Base("base", "base", None, None, "b" * 64, "c" * 64)
@@ -153,3 +154,22 @@ def test_who_registers_a_label_meanwhile_is_not_overwritten(registry: Registry) 
 def test_a_label_that_reads_as_another_alias_is_refused(registry: Registry) -> None:
     with pytest.raises(ConfigError, match="reads as a model"):
         registrable("red@canary", "red@production", BASE, registry)
+
+
+def test_a_desired_state_that_goes_back_is_storage_that_is_away_and_not_overwritten(tmp_path: Path) -> None:
+    files, other = EndpointFiles(str(tmp_path), "e"), EndpointFiles(str(tmp_path), "e")
+    one = Registered(model="red@1", digest="d1")
+    register(files, {"red": one})
+    register(files, {"blue": one})
+    desired = tmp_path / "endpoints" / "e" / "desired.json"
+    newest = desired.read_bytes()
+    desired.unlink()
+    for access in (files.read, lambda: register(files, {"green": one})):
+        with pytest.raises(StorageError, match="was at epoch 2 and is not there"):
+            access()
+    assert not desired.exists()
+    register(other, {"stale": one})  # by a process that has seen nothing yet
+    with pytest.raises(StorageError, match="was at epoch 2 and is at 1"):
+        files.read()
+    desired.write_bytes(newest)
+    assert set(files.read().adapters) == {"red", "blue"}

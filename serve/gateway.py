@@ -141,6 +141,13 @@ class Gateway:
         await self._routes.get(0.0)  # names follow their aliases
         return JSONResponse(await asyncio.to_thread(self._state))
 
+    @http.get("/v1/adapters/{name:path}")
+    async def adapter(self, name: str, request: Request) -> Response:
+        """One registered adapter with its state on every live replica."""
+        http_body.allow(request, self._keys, "admin")
+        await self._routes.get(0.0)  # names follow their aliases
+        return JSONResponse(await self._adapter(name, f"adapter {name[:100]!r} is not registered. PUT it."))
+
     @http.put("/v1/adapters/{name:path}")
     async def put_adapter(self, name: str, request: Request) -> Response:
         """Register a Model, or the adapter at a URI, under a name, or swap what the name means."""
@@ -148,6 +155,7 @@ class Gateway:
         wanted = parse_wanted(parse_object(await http_body.read(request)))
         headers = http_body.ignored(request, wanted.ignored)
         wait = http_body.wait_of(request)
+        await asyncio.to_thread(self._files.read)  # storage that is away is 503, whatever models it seems to have
         if wanted.uri is None:
             entry = await asyncio.to_thread(registrable, name, str(wanted.model), self._base, self._registry)
         else:
@@ -158,10 +166,7 @@ class Gateway:
         self._routes.changed()
         if wait is not None:
             await self._wait_resident(name, registration, wait)
-        state = await asyncio.to_thread(self._state)
-        mine = next((a for a in state["data"] if a["name"] == name), None)
-        if mine is None:
-            raise NotFoundError(f"adapter {name!r} was deleted by somebody else meanwhile. PUT it again.")
+        mine = await self._adapter(name, f"adapter {name!r} was deleted by somebody else meanwhile. PUT it again.")
         return JSONResponse(mine, status_code=200 if mine["state"] == "resident" else 202, headers=headers)
 
     @http.delete("/v1/adapters/{name:path}")
@@ -251,6 +256,14 @@ class Gateway:
                 )
             await asyncio.sleep(_WAIT_EVERY_S)
 
+    async def _adapter(self, name: str, absent: str) -> dict[str, Any]:
+        """The entry of a name. NotFoundError that says `absent`."""
+        state = await asyncio.to_thread(self._state)
+        mine: dict[str, Any] | None = next((a for a in state["data"] if a["name"] == name), None)
+        if mine is None:
+            raise NotFoundError(absent)
+        return mine
+
     def _state(self) -> dict[str, Any]:
         return endpoint_state.adapters_body(self._files.read(), self._files.live_reports(time.time()), self._behind)
 
@@ -269,6 +282,7 @@ class Gateway:
         return live(reports, read_at_s)
 
     def _read_reports(self) -> tuple[list[ReplicaReport], float]:
+        self._files.read()  # or a mount that is away would look like one without replicas
         return self._files.reports(), time.time()
 
     def _read_routes(self) -> tuple[Routes, int]:

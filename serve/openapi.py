@@ -155,6 +155,14 @@ def _paths(endpoint: str, with_keys: bool) -> dict[str, Any]:
             )
         },
         "/v1/adapters/{name}": {
+            "get": operation(
+                "adapter",
+                "One adapter and its state on every replica.",
+                "admin",
+                {200: _json(_ref("Adapter"))},
+                (404,),
+                parameters=(adapter,),
+            ),
             "put": operation(
                 "put_adapter",
                 "Register a Model under a name, or swap what the name means.",

@@ -56,6 +56,15 @@ def test_the_body_names_the_version_that_answered(loaded: Endpoint) -> None:
     assert names == ["base", "blue", "red", "blue@1", "red@1"]
 
 
+def test_one_adapter_can_be_asked_for_by_its_name(loaded: Endpoint) -> None:
+    listed = {entry["name"]: entry for entry in loaded.http.get("/v1/adapters").json()["data"]}
+    one = loaded.http.get("/v1/adapters/red").json()
+    assert one == listed["red"]
+    assert one["state"] == "resident" and [r["state"] for r in one["replicas"].values()] == ["resident"]
+    absent = loaded.http.get("/v1/adapters/grey")
+    assert absent.status_code == 404 and "'grey' is not registered" in absent.json()["error"]["message"]
+
+
 def test_an_alias_is_followed_and_its_version_must_be_registered(loaded: Endpoint) -> None:
     loaded.registry.set_alias("blue", "production", 1)
     wait_until(lambda: loaded.post(model="blue@production", max_tokens=1).status_code == 200, "the alias is known")
@@ -235,17 +244,19 @@ def test_a_registration_taken_back_leaves_what_was_there_and_what_others_wrote_s
 def test_a_home_that_is_not_mounted_for_a_while_looks_empty_and_nothing_is_forgotten(loaded: Endpoint) -> None:
     before = {name: loaded.ask(name) for name in ("base", "red", "blue@1")}
     names, home = loaded.names(), Path(loaded.settings.home)
+    assert loaded.http.get("/healthz").status_code == 200
     aside, mount_point = home.with_name("unmounted"), home.with_name("mount-point")
     mount_point.mkdir()
     home.rename(aside)
     mount_point.rename(home)
     try:
-        refused = loaded.http.delete("/v1/adapters/red")
-        assert refused.status_code == 503
-        assert "LORAY_HOME" in refused.json()["error"]["message"]
+        for refused in (loaded.http.delete("/v1/adapters/red"), loaded.put("new", "red@2")):
+            assert refused.status_code == 503
+            assert "LORAY_HOME" in refused.json()["error"]["message"]
         noticed = time.time()
         while time.time() < noticed + HEARTBEAT_EVERY_S + POLL_EVERY_S:
             assert {name: loaded.ask(name) for name in before} == before
+            assert loaded.http.get("/healthz").status_code == 200
         written = [file for file in home.rglob("*") if file.is_file() and file.stat().st_mtime > noticed + POLL_EVERY_S]
         assert written == [], "nothing is written below a mount that is away"
     finally:

@@ -208,7 +208,10 @@ class Renderer:
                 "no message stands before the assistant's, so there is nothing to answer. "
                 "Add the user's, or set train: false on the assistant's."
             )
-        given = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        given = [
+            {key: value for key, value in message.items() if key != "train"} if "train" in message else message
+            for message in messages
+        ]
         try:
             text = self.tokenizer.apply_chat_template(
                 given, list(tools) or None, tokenize=False, add_generation_prompt=opening

@@ -32,7 +32,9 @@ class Outputs:
 def check_file(
     file: Read, against: Read | None, data: DataBlock, renderer: Renderer | None, outputs: Outputs
 ) -> Checkup:
-    """The checkup of a file, printed. Raises DataError where it cannot be read at all."""
+    """The checkup of a file, printed. Raises DataError where it cannot be read at all, ConfigError."""
+    if outputs.quarantine:
+        quarantine.check_free(outputs.quarantine)
     source, unreadable = open_source(file[0]), defaultdict[int, list[str]](list)
     checkup = check(
         _remembered(read_source(source, file[1]), unreadable),

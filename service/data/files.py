@@ -183,6 +183,9 @@ class _Hashed:
         self.sha256.update(data)
         return data
 
+    def close(self) -> None:
+        """For who reads through this and closes what it reads; whoever opened the stream closes it."""
+
     def drain(self) -> None:
         """Reads what is left."""
         while self.read(CHUNK_BYTES):
@@ -228,5 +231,5 @@ def _whole_file(whole: Piece) -> Iterator[None]:
         raise
     except damaged as error:
         raise DataError(
-            f"{whole.uri} cannot be read to its end: {error}. Is it whole? Write or copy it again."
+            f"{whole.uri} cannot be read to its end: {str(error).rstrip('.')}. Is it whole? Write or copy it again."
         ) from error

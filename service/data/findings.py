@@ -220,7 +220,7 @@ def _about_the_whole(seen: Observed) -> Iterator[Finding]:
     if not seen.num_rows:
         yield Finding("no_rows", "error", 0, (), "no row can be read", "Check the file and data.format.")
     elif seen.num_rows < at.MIN_ROWS:
-        text = f"{seen.num_rows} rows are few: from {at.MIN_ROWS} on fine-tuning shows"
+        text = f"{seen.num_rows} {'row is' if seen.num_rows == 1 else 'rows are'} few: from {at.MIN_ROWS} on fine-tuning shows"
         yield Finding("too_few_rows", "warning", seen.num_rows, (), text, "Collect more, or write some by hand.")
     if seen.tokens and not seen.supervised:
         text = "no token of any row is trained"

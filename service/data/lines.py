@@ -210,8 +210,8 @@ def _check_text(first: bytes, uri: str) -> None:
     if b"\0" in first:
         wide = first.count(b"\0") > len(first) // 4
         what = (
-            "is UTF-16 or UTF-32. Save it as UTF-8"
+            "is UTF-16 or UTF-32. Save it as UTF-8."
             if wide
-            else "is a binary file, and text was wanted. Is it the right one"
+            else "is a binary file, and text was wanted. Is it the right one?"
         )
-        raise DataError(f"{uri}: byte {first.index(0)} is 0, so it {what}.")
+        raise DataError(f"{uri}: byte {first.index(0)} is 0, so it {what}")

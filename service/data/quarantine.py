@@ -20,6 +20,7 @@ from service.data.checkup import Checkup
 from service.data.files import Source
 from service.data.findings import meaning
 from service.data.rows import Problem
+from service.errors import ConfigError
 
 Reasons = Mapping[int, Sequence[str]]  # by the number of a row
 
@@ -46,9 +47,15 @@ def reasons_of(checkup: Checkup, unreadable: Mapping[int, Sequence[str]]) -> Rea
     return reasons
 
 
+def check_free(out: str) -> None:
+    """ConfigError where `out` holds what was set aside before: it is not written over."""
+    if there := [file for file in _files(out) if storage.local_path(file).exists()]:
+        raise ConfigError(f"--quarantine {out}: {there[0]} is there already. Name another directory, or remove it.")
+
+
 def set_aside(source: Source, reasons: Reasons, out: str) -> Quarantined:
     """Write the two files below the directory `out`, which is made. Reads the source twice."""
-    bad, good = storage.join(out, "bad.jsonl"), storage.join(out, "good.jsonl")
+    bad, good = _files(out)
     counts = {bad: 0, good: 0}
 
     def counted(uri: str, lines: Iterator[dict[str, Any]]) -> Iterator[bytes]:
@@ -59,6 +66,10 @@ def set_aside(source: Source, reasons: Reasons, out: str) -> Quarantined:
     storage.write_stream(storage.local_path(bad), counted(bad, _bad(source, reasons)))
     storage.write_stream(storage.local_path(good), counted(good, _good(source, reasons)))
     return Quarantined(good, bad, counts[good], counts[bad])
+
+
+def _files(out: str) -> tuple[str, str]:
+    return storage.join(out, "bad.jsonl"), storage.join(out, "good.jsonl")
 
 
 def _good(source: Source, reasons: Reasons) -> Iterator[dict[str, Any]]:

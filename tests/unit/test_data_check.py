@@ -76,6 +76,9 @@ def test_good_and_bad_rows_lie_apart_and_none_is_lost(loray: Loray, tmp_path: Pa
     assert bad[2]["record"] == json.loads(lines[5]) and bad[2]["reasons"][0].startswith("duplicate: ")
     assert loray("data", "check", str(out / "good.jsonl"), "--strict")[0] == 0
     assert sorted(path.name for path in out.iterdir()) == ["bad.jsonl", "good.jsonl"]
+    code, _, said = loray("data", "check", str(_file(tmp_path, lines)), "--quarantine", str(out))
+    assert code == 2 and "bad.jsonl is there already" in said
+    assert len((out / "bad.jsonl").read_text().splitlines()) == 3, "what was set aside before is not written over"
 
 
 def test_the_markdown_card_has_the_findings_and_no_markup_of_the_data(loray: Loray, tmp_path: Path) -> None:

@@ -114,7 +114,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", WRITTEN)
 @pytest.mark.usefixtures("small_pieces")
-def test_pieces_read_apart_in_any_order_are_the_whole(name: str, tmp_path: Path) -> None:
+def test_pieces_read_apart_in_any_order_are_the_whole(
+    name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     whole = open_source(_put(tmp_path, name, WRITTEN[name](ROWS)))
     apart = [list(read_piece(pickle.loads(pickle.dumps(piece)))) for piece in reversed(whole.pieces)]  # noqa: S301
     assert [entry for piece in reversed(apart) for entry in piece] == _all(whole)
@@ -122,6 +124,7 @@ def test_pieces_read_apart_in_any_order_are_the_whole(name: str, tmp_path: Path)
     uncut = name.endswith((".gz", ".zst")) or name == "stream.arrow"  # neither can be sought
     assert (len(whole.pieces) == 1) == uncut
     assert all(piece.first == entries[0].number for piece, entries in zip(whole.pieces, reversed(apart), strict=True))
+    assert capfd.readouterr().err == "", "no library complains of how it was used"
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)

@@ -12,7 +12,9 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from serve.adapter_uris import AdapterUris
 from serve.adapters import Action, AdapterTable, Fetch, Load, Read
@@ -30,6 +32,7 @@ LOAD_WAIT_S = 120.0
 # Replicas that were killed leave their last report; the next one to start sweeps up after this time.
 FORGET_AFTER_S = 3600.0
 _log = logging.getLogger(__name__)
+StoredT = TypeVar("StoredT")
 
 
 class AdapterSync:
@@ -229,7 +232,7 @@ class AdapterSync:
         problem, rank = "", 0
         try:
             if action.source is None:
-                manifest = self._registry.manifest(ModelRef.parse(action.model))
+                manifest = self._stored(lambda: self._registry.manifest(ModelRef.parse(action.model)))
                 found, base, rank = manifest.digest, manifest.base_digest, manifest.rank
             else:
                 found, base = model_digest(action.source.files), action.source.base_digest
@@ -256,8 +259,16 @@ class AdapterSync:
         if self._away and copied.is_dir():
             return copied
         if source is None:
-            return self._registry.fetch(ModelRef.parse(model), self._cache)
+            return self._stored(lambda: self._registry.fetch(ModelRef.parse(model), self._cache))
         return self._uris.fetch(source, self._cache)
+
+    def _stored(self, read: Callable[[], StoredT]) -> StoredT:
+        """What `read` finds in the store. StorageError where it finds nothing because the store is away and looks empty."""
+        try:
+            return read()
+        except NotFoundError:
+            self._files.read()
+            raise
 
     def _mismatch(self, wanted: str, found: str, base: str) -> str:
         if wanted != found:

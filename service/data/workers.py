@@ -57,5 +57,7 @@ def _done(row: dict[str, Any], work: bytes) -> dict[str, Any]:
 def _unpickled(work: bytes) -> Callable[[int], Any]:
     """Once in a worker: a tokenizer takes a while."""
     function: Callable[[int], Any] = pickle.loads(work)  # noqa: S301 - our own driver made it
+    gc.unfreeze()  # the function before this one, if there was one, goes
+    gc.collect()
     gc.freeze()  # what is here now stays: looking through it for garbage took a twentieth of the time
     return function

@@ -115,17 +115,32 @@ def fastest(weight_OI: torch.Tensor, rows: int) -> Way:
 
 
 def joining_pays(weight_OI: torch.Tensor, num_columns: int, rows: int) -> bool:
-    """Whether one product with [W | B] is faster than one with W and one with B after it, and gives rows without adapter
-    the very bits that the product with W gives them. It costs a second copy of W."""
+    """Whether one product with [W | B] is right and faster than one with W and one with B after it. It costs a second copy
+    of W. Right: rows without adapter get the very bits that the product with W gives them, whatever the number of rows or
+    of columns; others what the two products give, but for rounding."""
     if not num_columns or weight_OI.nbytes > _JOINED_BYTES:
         return False
+    outs, ins = weight_OI.shape
     seeded = torch.Generator().manual_seed(0)
-    x = torch.randn(1, rows, weight_OI.shape[1], generator=seeded).to(weight_OI.dtype)
-    b_OR = torch.randn(weight_OI.shape[0], num_columns, generator=seeded).to(weight_OI.dtype)
-    h = torch.zeros(1, rows, num_columns, dtype=weight_OI.dtype)
-    base, b = Packed(weight_OI, rows=rows), Packed(b_OR, rows=rows)
-    joined = base.joined(b_OR, rows)
-    return torch.equal(joined(x, h), base(x)) and _is_faster(lambda: joined(x, h), than=lambda: b.add(h, base(x)))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=seeded).to(weight_OI.dtype)
+
+    try:
+        base, few_OR, b_OR = Packed(weight_OI, rows=rows), random(outs, 3), random(outs, num_columns)
+        joined = base.joined(b_OR, rows)
+        for count in (rows, 1, 7 * rows + 1):
+            x, h = random(1, count, ins), random(1, count, num_columns)
+            expected, nothing = base(x), torch.zeros_like(h)
+            same = torch.equal(joined(x, nothing), expected)
+            same &= torch.equal(base.joined(few_OR, rows)(x, nothing[..., :3]), expected)
+            apart = Packed(b_OR, rows=rows).add(h, base(x)).float()
+            if not (same and torch.allclose(joined(x, h).float(), apart, rtol=0.02, atol=0.02 * float(apart.std()))):
+                return False
+    except RuntimeError:  # another PyTorch lays weights out otherwise
+        return False
+    x, h, b = random(1, rows, ins), random(1, rows, num_columns), Packed(b_OR, rows=rows)
+    return _is_faster(lambda: joined(x, h), than=lambda: b.add(h, base(x)))
 
 
 def _is_faster(work: Callable[[], object], *, than: Callable[[], object]) -> bool:

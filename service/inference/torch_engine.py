@@ -9,6 +9,7 @@ who is next in `fair_queue.py`, how text comes out in `detokenizer.py`. No Ray, 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -175,7 +176,10 @@ class TorchEngine:
             if info := self.adapters().get(digest):
                 return info
             finish = self._bank.install(digest, self._tensors(digest, directory), self._breathe)
-            return self._between_steps(finish)  # type: ignore[no-any-return]
+            loaded: AdapterInfo = self._between_steps(finish)
+            if self._thread is None:  # nobody waits for tokens, and the same calls shall give the same bits
+                self._between_steps(lambda: self._join(math.inf))
+            return loaded
 
     def unload_adapter(self, digest: str) -> None:
         """Free an adapter's columns. ConflictError while requests use it: drain first."""
@@ -274,15 +278,14 @@ class TorchEngine:
             self._admit()
             if self._rows:
                 self._advance_rows()
-            self._join()
+            if not self._rows or time.monotonic() > self._bank.changed_at + _JOIN_AFTER_S:
+                self._join(_JOIN_S)
             self._advanced_at = time.monotonic()
         return self._pending() or self._bank.is_apart
 
-    def _join(self) -> None:
-        if self._rows and time.monotonic() < self._bank.changed_at + _JOIN_AFTER_S:
-            return
+    def _join(self, for_s: float) -> None:
         try:
-            self._bank.join(_JOIN_S)
+            self._bank.join(for_s)
         except RuntimeError:  # no memory; what is apart is right too
             log.exception("a product of the adapters stays apart from the base's, and is slower for it")
 

@@ -32,9 +32,11 @@ from service.domain import BaseBits
 from service.errors import ConflictError, ModelError, NotFoundError, RequestError
 from service.inference import grammar
 from service.inference.engine import Chunk, GenerationRequest, SamplingParams
+from service.inference.products import Packed
 from service.inference.slot_attention import Piece
 from service.inference.torch_engine import TorchEngine
 from service.quantised import keep_unpacked, loading_options
+from tests.integration.waiting import wait_until
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "naïve café 東京 👩‍🚀", "to be or not to be"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -917,3 +919,55 @@ def test_a_base_model_that_would_be_wrong_is_refused(
     base = _save_base(tmp_path / "base", config_class, **options)
     with pytest.raises(ModelError, match=words):
         TorchEngine(base, tokenizer=TOKENIZER, stop_ids=(), max_context=128)
+
+
+@pytest.fixture
+def joining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are joined whether that is faster or not."""
+    monkeypatch.setattr("service.inference.products.joining_pays", lambda *_: True)
+    monkeypatch.setattr("service.inference.products.fastest", lambda *_: Packed)
+
+
+def _joined(engine: TorchEngine) -> list[bool]:
+    return [group.columns is not None and group.columns.joined is not None for group in engine._bank.groups]
+
+
+@pytest.mark.usefixtures("joining")
+def test_products_are_joined_at_once_without_a_thread_and_while_nobody_asks(llama: Bench) -> None:
+    engine = llama.engine(dtype=torch.bfloat16)
+    assert all(_joined(engine)), "the same calls give the same answers, to the bit"
+    engine.unload_adapter("c")
+    assert not any(_joined(engine))
+    engine.start()
+    try:
+        wait_until(lambda: all(_joined(engine)), "an idle engine joins them", 60.0)
+        requests = llama.requests("a", None, "b")
+        assert all(engine.generate(requests))
+    finally:
+        engine.close()
+
+
+@pytest.mark.usefixtures("joining")
+def test_products_stay_apart_under_load_while_adapters_come_and_go(
+    llama: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = llama.engine(dtype=torch.bfloat16)
+    engine.unload_adapter("c")
+    for request in llama.requests("a"):
+        engine.submit(request, lambda chunk: None)
+    for _ in range(3):
+        engine.step()
+    assert not any(_joined(engine)), "an adapter has just gone"
+    monkeypatch.setattr("service.inference.torch_engine._JOIN_AFTER_S", 0.0)
+    monkeypatch.setattr("service.inference.torch_engine._JOIN_S", 10.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Packed, "joined", _no_memory)
+        engine.step()
+    assert "stays apart" in caplog.text
+    while engine.step():
+        pass
+    assert sum(_joined(engine)) == len(_joined(engine)) - 1, "all but the one for which there was no memory"
+
+
+def _no_memory(*_: object) -> None:
+    raise RuntimeError("no memory")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from serve.adapter_uris import AdapterUris
 from serve.desired import EndpointFiles, ReplicaReport
 from serve.registration import register
 from serve.routing import Registered, Target
-from service.domain import Manifest
+from service.domain import Manifest, ModelRef
 from service.errors import NotFoundError
 from service.inference.engine import AdapterInfo, EngineStats, GenerationRequest, OnChunk
 from service.registry import ManifestDraft, Registry, model_digest
@@ -135,6 +136,33 @@ def test_an_adapter_that_is_known_is_loaded_and_answers_although_there_is_newer_
         answering = asyncio.run(admitted())
         assert answering == target
         sync.release(answering)
+
+
+def test_an_adapter_whose_home_goes_away_while_it_is_fetched_is_not_refused_but_fetched_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    home, aside, pause = tmp_path / "home", tmp_path / "unmounted", threading.Event()
+    home.mkdir()
+    files, engine, manifest = EndpointFiles(str(home), "e"), SlowEngine(), published(home)
+    engine.may_load.set()
+    real = Registry.manifest
+
+    def unmounted_first(registry: Registry, ref: ModelRef) -> Manifest:
+        if not aside.exists():
+            home.rename(aside)
+        return real(registry, ref)
+
+    with running(engine, files, tmp_path / "cache"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Registry, "manifest", unmounted_first)
+            register(files, {"red": entry(manifest)})
+            for _ in range(int(DEADLINE_S / 0.02)):
+                if "cannot be fetched yet" in caplog.text:
+                    break
+                pause.wait(0.02)
+        shutil.rmtree(home, ignore_errors=True)
+        aside.rename(home)
+        report_when(files, lambda r: manifest.digest in r.adapters and r.adapters[manifest.digest].state == "resident")
 
 
 def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(

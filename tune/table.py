@@ -80,18 +80,23 @@ class SweepView:
         """Draw, or print what has changed since the last call."""
         began_at, done = self._began = self._began or (time.monotonic(), shares_done(trials))
         left = seconds_left(trials, self._num_trials, done, time.monotonic() - began_at)
+        stand = best_so_far(trials, self._metric, self._mode), f"{self._totals(trials)}, {_time(left)} left"
         if self._console.is_terminal:
-            header = f"{best_so_far(trials, self._metric, self._mode)}\n{self._totals(trials)}, {_time(left)} left"
-            self._live.update(Group(Text(header), trials_table(trials, self._metric)))
+            self._live.update(Group(Text("\n".join(stand)), trials_table(trials, self._metric)))
         else:
             for trial in trials:
                 for line in news(self._before.get(trial.number), trial, self._metric):
                     self.say(line)
+            if self._ended(trials) > self._ended(list(self._before.values())):
+                self.say("; ".join(stand))
         self._before = {trial.number: trial for trial in trials}
 
     def _totals(self, trials: Sequence[Trial]) -> str:
-        ended = sum(trial.state in ENDED for trial in trials)
-        return f"{ended} of {self._num_trials} trials ended, {tokens(trials):,} tokens read"
+        return f"{self._ended(trials)} of {self._num_trials} trials ended, {tokens(trials):,} tokens read"
+
+    @staticmethod
+    def _ended(trials: Sequence[Trial]) -> int:
+        return sum(trial.state in ENDED for trial in trials)
 
 
 def news(before: Trial | None, trial: Trial, metric: str) -> list[str]:

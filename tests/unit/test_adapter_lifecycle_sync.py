@@ -163,6 +163,7 @@ def test_an_adapter_whose_home_goes_away_while_it_is_fetched_is_not_refused_but_
         shutil.rmtree(home, ignore_errors=True)
         aside.rename(home)
         report_when(files, lambda r: manifest.digest in r.adapters and r.adapters[manifest.digest].state == "resident")
+        assert list(engine.adapters()) == [manifest.digest]
 
 
 def test_an_error_nobody_expected_while_fetching_is_a_refusal_with_its_reason(

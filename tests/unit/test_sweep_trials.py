@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from service.config_blocks import RunConfig
 from service.domain import RunState
@@ -17,7 +19,7 @@ from tune import leaderboard, plots
 from tune.directory import Sweep, TrialRecord, TrialRun
 from tune.sweep import over_budget, reopen, set_in_trials, trials_at_once
 from tune.sweep_file import ResolvedSweep
-from tune.table import best_so_far, news, seconds_left
+from tune.table import SweepView, best_so_far, news, seconds_left
 from tune.trials import EARLY, Trial, Trials, TrialState, trial_state
 
 pytest_plugins = ("tests.s3_endpoint",)
@@ -205,6 +207,22 @@ def test_the_time_left_goes_by_the_pace_since_the_driver_began() -> None:
     trials = [trial(1, [1.0]), trial(2, [1.0] * 5, TrialState.RUNNING)]
     assert seconds_left(trials, 4, 0.5, 10.0) == pytest.approx(25.0)  # 1.0 of 4 trials in 10 s, 2.5 to do
     assert seconds_left(trials, 4, 1.5, 10.0) is None
+
+
+def test_without_a_terminal_the_stand_of_the_sweep_is_a_line_whenever_a_trial_has_ended() -> None:
+    page = io.StringIO()
+    with SweepView("eval/loss", "min", 2, Console(file=page)) as view:
+        for first, second in (
+            (TrialState.RUNNING, TrialState.WAITING),
+            (TrialState.FINISHED, TrialState.RUNNING),
+            (TrialState.FINISHED, TrialState.RUNNING),
+            (TrialState.FINISHED, TrialState.STOPPED),
+        ):
+            view.show([trial(1, [3.0, 2.0], first), trial(2, [2.5], second)])
+    stands = [line for line in page.getvalue().splitlines() if "trials ended" in line]
+    assert len(stands) == 2
+    assert all("best so far: trial 1, eval/loss 2 at step 2" in line and line.endswith("left") for line in stands)
+    assert "1 of 2 trials ended, 300 tokens read" in stands[0] and "2 of 2 trials ended" in stands[1]
 
 
 def test_a_budget_of_tokens_or_of_seconds_ends_a_sweep() -> None:

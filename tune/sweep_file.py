@@ -178,6 +178,7 @@ def _dimensions(ranges: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[dic
         problems += wrong
     for key, dimension in found.items():
         problems += _references(key, dimension, list(ranges), base)
+        problems += _never(key, dimension, found, base)
     return found, problems
 
 
@@ -211,6 +212,22 @@ def _references(key: str, dimension: Dimension, drawn: list[str], base: Mapping[
             yield f"space.{key}.{what}: {other} has no value. Give it one, in space or in the base."
         elif what == "ratio_of" and not spaces.takes_numbers(other):
             yield f"space.{key}.ratio_of: {other} takes no numbers, so nothing can be a multiple of it."
+
+
+def _never(key: str, dimension: Dimension, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:
+    """A condition that no trial can meet."""
+    for other, wanted in dimension.when.items():
+        drawn, wants = space.get(other), wanted if isinstance(wanted, list) else [wanted]
+        if drawn is None or drawn.ratio_of or other not in dotted_names(RunConfig):
+            possible, values = True, ""
+        elif drawn.ends:
+            possible = any(isinstance(want, int | float) and drawn.ends[0] <= want <= drawn.ends[1] for want in wants)
+            values = f"from {drawn.ends[0]:g} to {drawn.ends[1]:g}"
+        else:
+            possible = any(want in (drawn.choose or ()) for want in wants)
+            values = " or ".join(map(str, drawn.choose or ()))
+        if not possible:
+            yield f"space.{key}.when: {other} is {values}, never {wanted}, so {key} is never searched. Mend one of the two."
 
 
 def across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:

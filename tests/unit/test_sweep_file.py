@@ -122,6 +122,14 @@ def test_all_problems_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
             "drawn after method.alpha",
         ),
         (
+            {"space": {"method.r": [4, 8], "method.dropout": {"choose": [0.1], "when": {"method.r": [16, 32]}}}},
+            "space.method.dropout.when: method.r is 4 or 8, never [16, 32], so method.dropout is never searched",
+        ),
+        (
+            {"space": {**SPACE, "method.r": {"choose": [4, 8], "when": {"optim.lr": 2}}}},
+            "so method.r is never searched",
+        ),
+        (
             {"search": {"share_base": True, "algorithm": "tpe"}},
             "search.share_base: has a runner of its own, which knows no search: tpe",
         ),

@@ -217,17 +217,16 @@ def _references(key: str, dimension: Dimension, drawn: list[str], base: Mapping[
 def _never(key: str, dimension: Dimension, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:
     """A condition that no trial can meet."""
     for other, wanted in dimension.when.items():
-        drawn, wants = space.get(other), wanted if isinstance(wanted, list) else [wanted]
-        if drawn is None or drawn.ratio_of or other not in dotted_names(RunConfig):
-            possible, values = True, ""
-        elif drawn.ends:
-            possible = any(isinstance(want, int | float) and drawn.ends[0] <= want <= drawn.ends[1] for want in wants)
-            values = f"from {drawn.ends[0]:g} to {drawn.ends[1]:g}"
-        else:
-            possible = any(want in (drawn.choose or ()) for want in wants)
-            values = " or ".join(map(str, drawn.choose or ()))
-        if not possible:
-            yield f"space.{key}.when: {other} is {values}, never {wanted}, so {key} is never searched. Mend one of the two."
+        drawn = space.get(other)
+        if drawn is None or drawn.ratio_of:
+            continue
+        values, (low, high) = list(drawn.choose or ()), drawn.ends or (1, 0)
+        if drawn.when and (kept := value_at(base, other)) not in values:  # where its own condition does not hold
+            values.append(kept)
+        wants = wanted if isinstance(wanted, list) else [wanted]
+        if not any(want in values or (isinstance(want, int | float) and low <= want <= high) for want in wants):
+            seen = " or ".join(map(str, values)) if drawn.choose else f"from {low:g} to {high:g}"
+            yield f"space.{key}.when: {other} is {seen}, never {wanted}, so {key} is never searched. Mend one of the two."
 
 
 def across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:

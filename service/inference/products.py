@@ -126,20 +126,20 @@ def joining_pays(weight_OI: torch.Tensor, num_columns: int, rows: int) -> bool:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=seeded).to(weight_OI.dtype)
 
+    b_OR = random(outs, num_columns)
     try:
-        base, few_OR, b_OR = Packed(weight_OI, rows=rows), random(outs, 3), random(outs, num_columns)
-        joined = base.joined(b_OR, rows)
+        base, b = Packed(weight_OI, rows=rows), Packed(b_OR, rows=rows)
+        joined, with_few = base.joined(b_OR, rows), base.joined(random(outs, 3), rows)
         for count in (rows, 1, 7 * rows + 1):
             x, h = random(1, count, ins), random(1, count, num_columns)
             expected, nothing = base(x), torch.zeros_like(h)
-            same = torch.equal(joined(x, nothing), expected)
-            same &= torch.equal(base.joined(few_OR, rows)(x, nothing[..., :3]), expected)
-            apart = Packed(b_OR, rows=rows).add(h, base(x)).float()
+            same = torch.equal(joined(x, nothing), expected) and torch.equal(with_few(x, nothing[..., :3]), expected)
+            apart = b.add(h, expected).float()
             if not (same and torch.allclose(joined(x, h).float(), apart, rtol=0.02, atol=0.02 * float(apart.std()))):
                 return False
     except RuntimeError:  # another PyTorch lays weights out otherwise
         return False
-    x, h, b = random(1, rows, ins), random(1, rows, num_columns), Packed(b_OR, rows=rows)
+    x, h = random(1, rows, ins), random(1, rows, num_columns)
     return _is_faster(lambda: joined(x, h), than=lambda: b.add(h, base(x)))
 
 

@@ -281,7 +281,7 @@ class TorchEngine:
             if not self._rows or time.monotonic() > self._bank.changed_at + _JOIN_AFTER_S:
                 self._join(_JOIN_S)
             self._advanced_at = time.monotonic()
-        return self._pending() or self._bank.is_apart
+        return self._work_left()
 
     def _join(self, for_s: float) -> None:
         try:
@@ -297,7 +297,7 @@ class TorchEngine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._pending() or self._bank.is_apart)
+                self._changed.wait_for(lambda: self._closing or self._work_left())
                 if self._closing:
                     return
             self.step()
@@ -309,6 +309,9 @@ class TorchEngine:
             tensors = read_adapter(directory, self._bank.shapes, self.max_columns, self._bank.place[0])
             self._read.put(digest, tensors, sum(pair.a_RI.nbytes + pair.b_RO.nbytes for pair in tensors.values()))
         return tensors
+
+    def _work_left(self) -> bool:
+        return self._pending() or self._bank.is_apart
 
     def _pending(self) -> bool:
         return bool(self._in_flight or self._commands)

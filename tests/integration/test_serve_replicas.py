@@ -33,7 +33,6 @@ STEADY_S = 4.0  # the router hears of residents once a second, through Serve's c
 
 @pytest.fixture(scope="module")
 def pair(ray_cluster: str, base: Path, registry: Registry, settings: Settings) -> Iterator[Endpoint]:
-
     engine = {"slots": 4, "max_context": 256, "lora_columns": 24, "threads": 1}
     values = {"model": str(base), "endpoint": "pair", "precision": "fp32", "port": free_port(), "engine": engine}
     with served(ServeConfig.model_validate({**values, "replicas": 2}), registry, settings) as pair:

@@ -21,6 +21,7 @@ from service.domain import Manifest, ModelRef
 from service.errors import NotFoundError
 from service.inference.engine import AdapterInfo, EngineStats, GenerationRequest, OnChunk
 from service.registry import ManifestDraft, Registry, model_digest
+from tests.integration.waiting import wait_until
 
 BASE = "b" * 64
 DEADLINE_S = 20.0
@@ -141,7 +142,7 @@ def test_an_adapter_that_is_known_is_loaded_and_answers_although_there_is_newer_
 def test_an_adapter_whose_home_goes_away_while_it_is_fetched_is_not_refused_but_fetched_later(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    home, aside, pause = tmp_path / "home", tmp_path / "unmounted", threading.Event()
+    home, aside = tmp_path / "home", tmp_path / "unmounted"
     home.mkdir()
     files, engine, manifest = EndpointFiles(str(home), "e"), SlowEngine(), published(home)
     engine.may_load.set()
@@ -156,10 +157,7 @@ def test_an_adapter_whose_home_goes_away_while_it_is_fetched_is_not_refused_but_
         with monkeypatch.context() as patch:
             patch.setattr(Registry, "manifest", unmounted_first)
             register(files, {"red": entry(manifest)})
-            for _ in range(int(DEADLINE_S / 0.02)):
-                if "cannot be fetched yet" in caplog.text:
-                    break
-                pause.wait(0.02)
+            wait_until(lambda: "cannot be fetched yet" in caplog.text, "the adapter is missed", DEADLINE_S)
         shutil.rmtree(home, ignore_errors=True)
         aside.rename(home)
         report_when(files, lambda r: manifest.digest in r.adapters and r.adapters[manifest.digest].state == "resident")

@@ -81,6 +81,17 @@ def test_what_is_kept_in_the_directory_is_the_same_sweep(tmp_path: Path) -> None
     assert again == sweep and again.known_draws == sweep.known_draws
 
 
+def test_a_condition_may_be_met_by_what_the_base_says_where_the_other_field_is_not_drawn(tmp_path: Path) -> None:
+    space = {
+        **SPACE,
+        "method.r": {"choose": [4, 8], "when": {"optim.lr": 1e-4}},
+        "method.dropout": {"choose": [0.1], "when": {"method.r": 16}},
+    }
+    base = {**BASE, "method": {"type": "lora", "r": 16, "alpha": 16}}
+    assert list(load(tmp_path, base=base, space=space).space) == list(space)
+    assert "method.r is 4 or 8, never 16" in problems(tmp_path, space=space)
+
+
 def test_all_problems_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
     space = {
         "optim.lrr": {"log": [1e-5, 1e-2]},

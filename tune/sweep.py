@@ -203,7 +203,8 @@ def _tried(
     most = resolved.num_trials  # fewer than were drawn, where that was set on resuming
     waiting = tuple(record for record in sweep.records() if record.number not in over and record.number <= most)
     search = resolved.config.search
-    with SweepView(search.metric, search.mode, resolved.num_trials, console) as view, _Stop(sweep, view.say) as stop:
+    view = SweepView(search.metric, search.mode, resolved.num_trials, console, trials)
+    with view, _Stop(sweep, view.say) as stop:
         tick = _Tick(sweep, resolved, look, view, stop, spent_s)
         if waiting or len(ended) < most:
             if search.share_base:

@@ -54,17 +54,25 @@ def shares_done(trials: Sequence[Trial]) -> float:
 
 
 class SweepView:
-    """Shows trials as they go on. Use as a context manager and call `show` with what has been read."""
+    """Shows trials as they go on. Use as a context manager and call `show` with what has been read.
 
-    def __init__(self, metric: str, mode: Mode, num_trials: int, console: Console) -> None:
+    `before` are the trials as an earlier driver has left them: a line each, for what they did does not happen again.
+    """
+
+    def __init__(self, metric: str, mode: Mode, num_trials: int, console: Console, before: Sequence[Trial] = ()) -> None:
         self._metric, self._mode, self._num_trials, self._console = metric, mode, num_trials, console
         self._live = Live(console=console, refresh_per_second=2, transient=True)
-        self._before: Mapping[int, Trial] = {}
-        self._began: tuple[float, float] | None = None  # when, and what was done then
+        self._before: Mapping[int, Trial] = {
+            trial.number: trial for trial in before if trial.state is not TrialState.WAITING
+        }
+        self._began, self._done_at_start = time.monotonic(), shares_done(before)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live.start()
+            return self
+        for trial in self._before.values():
+            self.say(f"before this: {_ending(trial)}, {self._metric} {shown(trial.value)}")
         return self
 
     def __exit__(
@@ -78,8 +86,7 @@ class SweepView:
 
     def show(self, trials: Sequence[Trial]) -> None:
         """Draw, or print what has changed since the last call."""
-        began_at, done = self._began = self._began or (time.monotonic(), shares_done(trials))
-        left = seconds_left(trials, self._num_trials, done, time.monotonic() - began_at)
+        left = seconds_left(trials, self._num_trials, self._done_at_start, time.monotonic() - self._began)
         stand = best_so_far(trials, self._metric, self._mode), f"{self._totals(trials)}, {_time(left)} left"
         if self._console.is_terminal:
             self._live.update(Group(Text("\n".join(stand)), trials_table(trials, self._metric)))
@@ -111,7 +118,7 @@ def news(before: Trial | None, trial: Trial, metric: str) -> list[str]:
         lines.append(f"{name}  step {step}/{trial.num_steps}  {metric} {value:.4f}")
     if trial.state in (*ENDED, TrialState.INTERRUPTED) and (before is None or before.state is not trial.state):
         why = f": {trial.why.splitlines()[0]}" if trial.why else ""
-        lines.append(f"{name} {trial.state} after step {trial.step}, {trial.tokens:,} tokens{why}")
+        lines.append(f"{_ending(trial)}{why}")
     return lines
 
 
@@ -122,3 +129,7 @@ def summary(trials: Sequence[Trial], metric: str, mode: Mode) -> Any:
 
 def _time(seconds: float | None) -> str:
     return "?" if seconds is None else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _ending(trial: Trial) -> str:
+    return f"trial {trial.number} {trial.state} after step {trial.step}, {trial.tokens:,} tokens"

@@ -225,6 +225,18 @@ def test_without_a_terminal_the_stand_of_the_sweep_is_a_line_whenever_a_trial_ha
     assert "1 of 2 trials ended, 300 tokens read" in stands[0] and "2 of 2 trials ended" in stands[1]
 
 
+def test_what_an_earlier_driver_did_is_a_line_a_trial_and_not_told_as_if_it_happened_now() -> None:
+    page = io.StringIO()
+    before = [trial(1, [3.0, 2.0]), trial(2, [2.5], TrialState.INTERRUPTED), trial(3, [], TrialState.WAITING)]
+    with SweepView("eval/loss", "min", 3, Console(file=page), before) as view:
+        view.show([before[0], trial(2, [2.5, 2.25], TrialState.RUNNING), before[2]])
+    assert page.getvalue().splitlines() == [
+        "before this: trial 1 finished after step 2, 200 tokens, eval/loss 2",
+        "before this: trial 2 interrupted after step 1, 100 tokens, eval/loss 2.5",
+        "trial 2  step 2/10  eval/loss 2.2500",
+    ]
+
+
 def test_a_budget_of_tokens_or_of_seconds_ends_a_sweep() -> None:
     search = SearchBlock(budget=Budget(tokens=100, seconds=60.0))
     assert over_budget(search, 99, 59.0) is None

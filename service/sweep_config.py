@@ -99,7 +99,7 @@ class SearchBlock(Block):
     mode: Literal["min", "max"] = "min"
     parallel: int | None = Field(default=None, ge=1)
     share_base: bool = False
-    budget: Budget = Budget()
+    budget: Annotated[Budget, BeforeValidator(lambda value: {} if value is None else value)] = Budget()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
 

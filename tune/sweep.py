@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -178,7 +179,7 @@ def _planned(resolved: ResolvedSweep, settings: Settings, console: Console) -> t
     if search.parallel and search.parallel > parallel:
         _say(console, f"The cluster has room for {parallel} trial(s) at once, not {search.parallel}: the others queue.")
     how = f"search {search.algorithm}, stop {resolved.config.stop.type}"
-    at_once = f"{parallel} at a time{' on one copy of the base' if search.share_base else ''}"
+    at_once = f"{min(parallel, resolved.num_trials)} at a time{' on one copy of the base' if search.share_base else ''}"
     _say(console, f"{resolved.num_trials} trials of {plan.num_steps} steps, {at_once}, {how}")
     also = set_in_trials(resolved, run.config, plan.num_steps)
     here, metric = str(Path.cwd()), search.metric
@@ -328,7 +329,7 @@ def _startups(trials: Sequence[Trial]) -> Iterator[str]:
     seconds = sorted(trial.startup_s for trial in trials if trial.startup_s is not None)
     if seconds:
         yield (
-            f"From a trial's beginning to its first step: median {seconds[len(seconds) // 2]:.1f} s, "
+            f"From a trial's beginning to its first step: median {statistics.median(seconds):.1f} s, "
             f"shortest {seconds[0]:.1f} s, longest {seconds[-1]:.1f} s"
         )
 

@@ -256,8 +256,10 @@ def _search(sweep: Sweep, resolved: ResolvedSweep, queue: Queue, before: Sequenc
     search = resolved.config.search
     domains = {key: _domain(dimension, key) for key, dimension in resolved.space.items()}
     logging.getLogger("optuna").setLevel(logging.ERROR)
-    inner = OptunaSearch(OptunaSearch.convert_search_space(domains), metric="value", mode=search.mode, seed=search.seed)
     draws = {record.number: record.newest_draw for record in sweep.records()}
+    # A sampler that began anew would suggest what it has suggested before.
+    seed = random.Random(f"{search.seed}, {len(draws)}").getrandbits(32)
+    inner = OptunaSearch(OptunaSearch.convert_search_space(domains), metric="value", mode=search.mode, seed=seed)
     for trial in before:
         if trial.value is not None and trial.state is not TrialState.FAILED:
             inner.add_evaluated_point(draws[trial.number], trial.value)

@@ -14,7 +14,7 @@ from service.domain import RunState
 from service.errors import ConfigError
 from service.logs import LogWriter
 from service.runs import DRIVER_KILLED, Run, RunStatus
-from service.sweep_config import AshaBlock, Budget, NoStopBlock, PbtBlock, SearchBlock, SweepConfig
+from service.sweep_config import AshaBlock, Budget, Dimension, NoStopBlock, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune.directory import Sweep, TrialRecord, TrialRun
 from tune.sweep import over_budget, reopen, set_in_trials, trials_at_once
@@ -116,6 +116,33 @@ def test_a_grid_that_goes_on_takes_no_other_number_of_trials(home: str) -> None:
     sweep = Sweep.create(home, "tickets", ResolvedSweep(config, {}, {"model": "base"}, ""))
     with pytest.raises(ConfigError, match=r"search.trials: 2, and a grid tries all its values"):
         reopen(home, sweep.id, ["search.trials=2"])
+
+
+def test_a_budget_is_taken_away_with_null(home: str) -> None:
+    config = SweepConfig(search=SearchBlock(budget=Budget(tokens=100)))
+    base = {"model": "base", "data": {"train": "rows.jsonl", "eval": "held-out.jsonl"}}
+    sweep = Sweep.create(home, "tickets", ResolvedSweep(config, {}, base, ""))
+    _, resolved = reopen(home, sweep.id, ["search.budget=null"])
+    assert resolved.config.search.budget == Budget() and sweep.resolved() == resolved
+
+
+def test_a_search_that_goes_on_suggests_what_it_has_not_suggested_yet(home: str) -> None:
+    """Optuna draws at random until it has measurements enough: the same seed again would be the same draws again."""
+    pytest.importorskip("optuna")
+    from tune import tuner
+
+    def suggested(sweep: Sweep, count: int) -> list[float]:
+        search = tuner._search(sweep, resolved, tuner.Queue((), len(sweep.records()) + count), [])
+        assert search
+        return [search.suggest(str(n))["trial"]["draw"]["optim.lr"] for n in range(count)]  # type: ignore[index]
+
+    space = {"optim.lr": Dimension(log=(1e-5, 1e-2))}
+    resolved = ResolvedSweep(SweepConfig(search=SearchBlock(algorithm="tpe", seed=3)), space, {"model": "base"}, "")
+    sweep, again = (Sweep.create(home, "tickets", resolved) for _ in range(2))
+    first = suggested(sweep, 3)
+    assert suggested(again, 3) == first, "a seed makes a sweep repeatable"
+    assert len({*first, *suggested(sweep, 3)}) == 6
+    assert [record.number for record in sweep.records()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_stop_keeps_its_first_reason_until_it_is_forgotten(home: str) -> None:

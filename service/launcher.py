@@ -39,6 +39,7 @@ ALLOCATOR = {
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "PYTHON worker processes have been started",  # drivers of trials; Ray warns from 8 on 2 cores
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**31 - 1),  # answers with log-probabilities are larger than 4 MiB
 }

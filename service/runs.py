@@ -55,10 +55,8 @@ class Run:
     @classmethod
     def create(cls, home: str, name: str, run_yaml: str, resolved: dict[str, Any], id: str | None = None) -> Run:
         """A new run in state `created`; its id (`new_id` unless given) sorts after every run made before it."""
-        if id is not None and not _ID.fullmatch(check_name(id, "run id")):
-            raise ConfigError(f"{id!r} is no run id. Leave it out, or write YYYYMMDD-HHMMSS-name-0a1b.")
         for _ in range(_ATTEMPTS if id is None else 1):
-            run = cls(home, id or new_id(home, name))
+            run = cls(home, check_id(id) if id is not None else new_id(home, name))
             try:
                 storage.create_exclusive(run.path("run.yaml"), run_yaml.encode())
             except ConflictError:
@@ -178,6 +176,13 @@ def new_id(home: str, name: str, kind: str = "runs") -> str:
     """An id that no other of its kind has: `YYYYMMDD-HHMMSS-<name>-<4 hex>`, after every id below `home`."""
     check_name(name, "run name")
     return f"{_next_time(ids_below(home, kind), datetime.now(UTC))}-{name}-{secrets.token_hex(2)}"
+
+
+def check_id(id: str, kind: str = "run") -> str:
+    """The id of a run or of a sweep, or ConfigError."""
+    if not _ID.fullmatch(check_name(id, f"{kind} id")):
+        raise ConfigError(f"{id!r} is no {kind} id. Leave it out, or write YYYYMMDD-HHMMSS-name-0a1b.")
+    return id
 
 
 def list_runs(home: str) -> list[Run]:

@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -24,6 +25,7 @@ from service.errors import ConflictError, LorayError, NotFoundError, StorageErro
 
 LOST_AFTER_S = 60.0
 HEARTBEAT_EVERY_S = 10.0
+LOOK_EVERY_S = 1.0
 _ATTEMPTS = 100
 ENDS = {RunState.SUCCEEDED, RunState.FAILED, RunState.STOPPED}
 _NEXT: dict[RunState, set[RunState]] = {
@@ -173,6 +175,28 @@ def life(driver: dict[str, Any]) -> str:
     if driver.get("host") != socket.gethostname() or not isinstance(pid, int):
         return "unknown"
     return "alive" if _born(pid) == driver.get("born") != "" else "dead"
+
+
+def is_driven(status: RunStatus) -> bool:
+    """Whether somebody works on it, as far as can be told from here."""
+    if status.state not in (RunState.RUNNING, RunState.LOST):
+        return False
+    seen = life(status.details)
+    return seen == "alive" or (seen == "unknown" and status.state is RunState.RUNNING)
+
+
+def told_apart(read: Callable[[], RunStatus]) -> RunStatus:
+    """The status, once a driver that has just died with its node is told from one that lives.
+
+    Both read as running until the heartbeat is old: waits until it beats again or is lost.
+    """
+    first = status = read()
+    while status.state is RunState.RUNNING and status.updated_at == first.updated_at:
+        if life(status.details) != "unknown":
+            break
+        time.sleep(LOOK_EVERY_S)
+        status = read()
+    return status
 
 
 def _born(pid: int) -> str:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from service import storage
 from service.domain import RunState
 from service.errors import ConflictError, NotFoundError
-from service.runs import DRIVER_KILLED, RunStatus, ids_below, new_id, one_of
+from service.runs import DRIVER_KILLED, RunStatus, check_id, ids_below, new_id, one_of
 from service.status import StatusFile
 from tune.sweep_file import ResolvedSweep, sweep_from_json
 
@@ -69,7 +69,7 @@ class Sweep:
     @classmethod
     def create(cls, home: str, name: str, resolved: ResolvedSweep, id: str | None = None) -> Sweep:
         """A new sweep in state `created`."""
-        sweep = cls(home, id or new_id(home, name, "sweeps"))
+        sweep = cls(home, check_id(id, "sweep") if id is not None else new_id(home, name, "sweeps"))
         storage.create_exclusive(sweep.path("sweep.yaml"), resolved.text.encode())
         sweep.set_resolved(resolved)
         sweep._status.create()

@@ -25,9 +25,9 @@ from service.config_values import override, put
 from service.domain import Manifest, ModelRef, RunState
 from service.errors import ConfigError, ConflictError, NotFoundError, StorageError, TrainingError
 from service.registry import Registry
-from service.runs import Run
+from service.runs import Run, check_id
 from service.settings import Settings
-from service.status import beating, life, this_process
+from service.status import beating, is_driven, this_process, told_apart
 from service.sweep_config import AshaBlock, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune import space as spaces
@@ -45,11 +45,21 @@ BUDGET = "the budget"  # what a stop begins with that a budget asks for
 RESUMABLE = ("search.trials", "search.parallel", "search.budget", "publish")
 
 
-def run_sweep(resolved: ResolvedSweep, settings: Settings, console: Console, *, resume: Sweep | None = None) -> Sweep:
-    """Try all trials, or go on with `resume`; the sweep as it ended or was stopped. Raises what ended it otherwise."""
+def run_sweep(
+    resolved: ResolvedSweep,
+    settings: Settings,
+    console: Console,
+    *,
+    resume: Sweep | None = None,
+    sweep_id: str | None = None,
+) -> Sweep:
+    """Try all trials, or go on with `resume`; the sweep as it ended or was stopped. Raises what ended it otherwise.
+
+    `sweep_id` is a new sweep's, unless it is made of the time and its name.
+    """
     launcher.prepare_environment()
     job, parallel = _planned(resolved, settings, console)
-    sweep = resume or Sweep.create(settings.home, _name(resolved), resolved)
+    sweep = resume or Sweep.create(settings.home, _name(resolved), resolved, sweep_id)
     spent_s = float(sweep.status().details.get("seconds", 0.0))
     sweep.clear_stop()  # what is asked from now on stays
     sweep.set_state(RunState.RUNNING, **this_process())
@@ -73,14 +83,26 @@ def reopen(home: str, id_or_latest: str, overrides: Sequence[str] = ()) -> tuple
     if status.state is RunState.SUCCEEDED:
         raise ConflictError(f"sweep {sweep.id} is over: there is nothing to resume. loray sweep show {sweep.id}")
     resolved = _changed(sweep.resolved(), overrides)
+    if is_driven(status):
+        raise ConflictError(f"sweep {sweep.id} is running (heartbeat {status.updated_at}). Stop it first.")
     if status.state in (RunState.RUNNING, RunState.LOST):
-        seen = life(status.details)
-        if seen == "alive" or (seen == "unknown" and status.state is RunState.RUNNING):
-            raise ConflictError(f"sweep {sweep.id} is running (heartbeat {status.updated_at}). Stop it first.")
         sweep.declare_dead()
     if overrides:
         sweep.set_resolved(resolved)
     return sweep, resolved
+
+
+def reopen_if_begun(home: str, sweep_id: str) -> tuple[Sweep, ResolvedSweep] | None:
+    """The sweep of this id, as `reopen` gives it; one that is over too. None where none was begun.
+
+    Raises ConflictError where a driver is heard.
+    """
+    try:
+        sweep = Sweep.open(home, check_id(sweep_id, "sweep"))
+    except NotFoundError:
+        return None
+    over = told_apart(sweep.status).state is RunState.SUCCEEDED
+    return (sweep, sweep.resolved()) if over else reopen(home, sweep_id)
 
 
 def publish_best(sweep: Sweep, family: str, settings: Settings) -> Manifest:

@@ -59,7 +59,9 @@ class SweepView:
     `before` are the trials as an earlier driver has left them: a line each, for what they did does not happen again.
     """
 
-    def __init__(self, metric: str, mode: Mode, num_trials: int, console: Console, before: Sequence[Trial] = ()) -> None:
+    def __init__(
+        self, metric: str, mode: Mode, num_trials: int, console: Console, before: Sequence[Trial] = ()
+    ) -> None:
         self._metric, self._mode, self._num_trials, self._console = metric, mode, num_trials, console
         self._live = Live(console=console, refresh_per_second=2, transient=True)
         self._before: Mapping[int, Trial] = {

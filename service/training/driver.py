@@ -11,7 +11,6 @@ import importlib.metadata
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +24,9 @@ from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
 from service.domain import DEFAULT_PROJECT, Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
-from service.runs import Run, list_runs
+from service.runs import Run, check_id, list_runs
 from service.settings import Settings, scratch
-from service.status import beating, life, this_process
+from service.status import beating, is_driven, this_process, told_apart
 from service.training.attempts import train_to_the_end
 from service.training.checkpoint import demand_same
 from service.training.exported import Exported
@@ -39,7 +38,6 @@ from service.training.report import startup, write_report
 from service.training.stop_channel import StopChannel
 from service.training.trainer import Crew, SharedCrew
 
-LOOK_EVERY_S = 1.0
 VERSIONED = ("loray", "torch", "transformers", "peft", "ray", "numpy")
 
 
@@ -145,12 +143,11 @@ def reopen(home: str, id_or_latest: str) -> Run:
     status = run.status()
     if status.state is RunState.SUCCEEDED:
         raise ConflictError(f"run {run.id} has succeeded: there is nothing to resume. Start a new run.")
+    if is_driven(status):
+        raise ConflictError(
+            f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
+        )
     if status.state in (RunState.RUNNING, RunState.LOST):
-        seen = life(status.details)
-        if seen == "alive" or (seen == "unknown" and status.state is RunState.RUNNING):
-            raise ConflictError(
-                f"run {run.id} is running (heartbeat {status.updated_at}). Stop it first: loray runs stop {run.id}"
-            )
         run.declare_dead()
     return run
 
@@ -158,20 +155,13 @@ def reopen(home: str, id_or_latest: str) -> Run:
 def reopen_if_begun(home: str, run_id: str) -> Run | None:
     """The run of this id, as `reopen` gives it; one that has succeeded too. None where none was begun.
 
-    A driver whose node has just been lost reads as running until its heartbeat is old: it is waited for, and found alive if
-    it beats again. Raises ConflictError then.
+    Raises ConflictError where a driver is heard.
     """
     try:
-        run = Run.open(home, run_id)
+        run = Run.open(home, check_id(run_id))
     except NotFoundError:
         return None
-    first = status = run.status()
-    while status.state is RunState.RUNNING and status.updated_at == first.updated_at:
-        if life(status.details) != "unknown":
-            break
-        time.sleep(LOOK_EVERY_S)
-        status = run.status()
-    return run if status.state is RunState.SUCCEEDED else reopen(home, run.id)
+    return run if told_apart(run.status).state is RunState.SUCCEEDED else reopen(home, run.id)
 
 
 def newest_run_of(home: str, run_file: str) -> str:

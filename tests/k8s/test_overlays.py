@@ -160,7 +160,7 @@ def _paths(job: Manifest) -> list[str]:
 # The only lines that the operator ever pastes into a shell.
 ENTRYPOINTS = {
     "tickets": "python -m jobs.train /etc/loray/run/run.yaml --run-id-file /etc/loray/run/run-id",
-    "tickets-sweep": "python -m jobs.sweep /etc/loray/run/sweep.yaml",
+    "tickets-sweep": "python -m jobs.sweep /etc/loray/run/sweep.yaml --sweep-id-file /etc/loray/run/sweep-id",
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from jobs.sweep import parsed
+from service.runs import check_id
 from tests.k8s.conftest import K8S, Build
 from tests.k8s.objects import cluster_spec, of_kind
 from tune.sweep_file import load_sweep
@@ -23,12 +24,14 @@ def test_the_embedded_sweep_loads_and_its_trials_fit_the_pods(name: str, build: 
         (tmp_path / file).write_text(text)
     python, option, module, *arguments = job["spec"]["entrypoint"].split()
     assert (python, option, module) == ("python", "-m", "jobs.sweep")
-    file = parsed(arguments).sweep_file
-    assert file.startswith(MOUNT)
+    given = parsed(arguments)
+    file = given.sweep_file
+    assert file.startswith(MOUNT) and given.sweep_id_file.startswith(MOUNT)
+    check_id((tmp_path / given.sweep_id_file.removeprefix(MOUNT)).read_text().strip())
     sweep = load_sweep(str(tmp_path / file.removeprefix(MOUNT)))
     draws = sweep.known_draws
     assert draws and len(draws) == sweep.num_trials
     (group,) = cluster_spec(job)["workerGroupSpecs"]
     for number, draw in enumerate(draws):
         assert sweep.trial(f"trial-{number}", draw, {}).config.scale.min_workers <= group["replicas"]
-    assert job["spec"]["backoffLimit"] == 0, "a second attempt would be a second sweep"
+    assert job["spec"]["backoffLimit"] == 3, "a second attempt goes on with the same sweep"

@@ -25,7 +25,7 @@ ELSEWHERE: dict[str, Any] = {"pid": 1, "born": "long ago", "host": "gone"}
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """One whose driver is on another host and was heard a moment less than it takes to be lost ago."""
-    monkeypatch.setattr(driver, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(status, "LOOK_EVERY_S", 0.01)
     run = Run.create(str(tmp_path), "tickets", "", {}, id=ID)
     run.set_state(RunState.RUNNING, **ELSEWHERE)
     heard = datetime.now(UTC) - timedelta(seconds=LOST_AFTER_S - 0.3)

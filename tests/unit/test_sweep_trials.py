@@ -134,7 +134,7 @@ def test_a_search_that_goes_on_suggests_what_it_has_not_suggested_yet(home: str)
     def suggested(sweep: Sweep, count: int) -> list[float]:
         search = tuner._search(sweep, resolved, tuner.Queue((), len(sweep.records()) + count), [])
         assert search
-        return [search.suggest(str(n))["trial"]["draw"]["optim.lr"] for n in range(count)]  # type: ignore[index]
+        return [search.suggest(str(n))["trial"]["draw"]["optim.lr"] for n in range(count)]  # type: ignore[index, misc]
 
     space = {"optim.lr": Dimension(log=(1e-5, 1e-2))}
     resolved = ResolvedSweep(SweepConfig(search=SearchBlock(algorithm="tpe", seed=3)), space, {"model": "base"}, "")

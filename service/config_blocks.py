@@ -436,13 +436,7 @@ class RunConfig(Block):
     @classmethod
     def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
         """What counts evaluations needs some to count, evaluations need rows, and rows come from one place only."""
-        held_out = any(
-            (
-                value_at(values, "data.eval") is not None,
-                _is_positive(value_at(values, "data.split.eval")),
-                _is_several(value_at(values, "run.folds")),
-            )
-        )
+        held_out = has_rows_to_evaluate(values)
         if not held_out:
             for key in ("evaluate.at_start", "evaluate.every.steps"):
                 value = value_at(values, key)
@@ -458,6 +452,24 @@ class RunConfig(Block):
         yield from _divided(values)
         yield from _mixed(values)
         yield from _repeated(values, held_out)
+
+
+def has_rows_to_evaluate(values: Mapping[str, Any]) -> bool:
+    """Of the values of a run file, shorthands written out: a file of them, a share of the rows, or folds."""
+    return any(
+        (
+            value_at(values, "data.eval") is not None,
+            _is_positive(value_at(values, "data.split.eval")),
+            _is_several(value_at(values, "run.folds")),
+        )
+    )
+
+
+def several_trainings(values: Mapping[str, Any]) -> str | None:
+    """The field by which these values of a run file ask for more than one training."""
+    if _is_several(value_at(values, "run.folds")) and value_at(values, "run.fold") is None:
+        return "run.folds"
+    return "run.seeds" if _is_several(value_at(values, "run.seeds")) else None
 
 
 def _divided(values: Mapping[str, Any]) -> Iterator[str]:

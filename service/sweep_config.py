@@ -38,6 +38,7 @@ METRICS = (
     ),
 )
 # What population-based training may change in the middle of a run: no shape, and nothing that the order of rows follows from.
+STEPS = ("model", "data", "optim.batch", "optim.epochs", "optim.max_steps", "run")  # what the number of steps depends on
 LIVE = ("optim.lr", "optim.weight_decay", "optim.clip", "method.dropout")
 # What may differ among trials that share one copy of the base.
 SHARING = ("optim.lr", "method.r", "method.alpha")
@@ -80,6 +81,9 @@ class Dimension(Block):
         return self.log or self.uniform or self.integer
 
 
+MOST_TRIALS = 10_000
+
+
 class Budget(Block):
     """What all trials together may take; where it is spent, running trials stop with a checkpoint."""
 
@@ -94,7 +98,7 @@ class SearchBlock(Block):
     """
 
     algorithm: Literal["random", "grid", "tpe"] = "random"
-    trials: int | None = Field(default=None, ge=1)
+    trials: int | None = Field(default=None, ge=1, le=MOST_TRIALS)
     metric: str = "eval/loss"
     mode: Literal["min", "max"] = "min"
     parallel: int | None = Field(default=None, ge=1)

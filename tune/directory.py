@@ -12,7 +12,8 @@ How a trial stands is read off its newest run (`trials.py`) and is not written h
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,7 +22,11 @@ from service.domain import RunState
 from service.errors import ConflictError, NotFoundError
 from service.runs import DRIVER_KILLED, RunStatus, check_id, ids_below, new_id, one_of
 from service.status import StatusFile
+from service.training.patience import Patience
 from tune.sweep_file import ResolvedSweep, sweep_from_json
+
+RETRY_S = 300.0  # as checkpoint.retry_s is unless given
+T = TypeVar("T")
 
 
 class TrialRun(BaseModel):
@@ -37,7 +42,7 @@ class TrialRun(BaseModel):
 
 
 class TrialRecord(BaseModel):
-    """What a trial is. `problem`: why it could not even become a run."""
+    """What a trial is. `problem`: why it could not even become a run. `hindrance`: why its run could not go on, the last time."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +50,7 @@ class TrialRecord(BaseModel):
     draw: dict[str, Any]
     runs: tuple[TrialRun, ...] = ()
     problem: str = ""
+    hindrance: str = ""
 
     @property
     def run(self) -> str | None:
@@ -116,11 +122,17 @@ class Sweep:
         """Trial `number`. Raises NotFoundError."""
         return TrialRecord.model_validate_json(storage.read_bytes(self.path("trials", _name(number))))
 
-    def records(self) -> list[TrialRecord]:
-        """All trials that there are so far, in order."""
+    def records(self, known: Collection[int] = ()) -> list[TrialRecord]:
+        """All trials that there are so far, in order, but those whose numbers are `known`."""
+        skipped = {_name(number) for number in known}
         names = [name for name in storage.list_names(self.path("trials")) if name.endswith(".json")]
+        names = [name for name in names if name not in skipped]
         found = storage.read_many([self.path("trials", name) for name in names])
         return [TrialRecord.model_validate_json(text) for text in found]
+
+    def insist(self, do: Callable[[], T]) -> T:
+        """What `do` returns, asked for again while storage is away: a trial that trains waits for it as long."""
+        return Patience([self.uri], RETRY_S, f"sweep {self.id}", lambda kind, text: None).insist(do)
 
     def request_stop(self, reason: str) -> None:
         """Asks every trial to stop with a checkpoint, and that no other begins. The first reason stays."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from service.config_blocks import RunConfig
@@ -37,6 +37,11 @@ def grid(space: Space, base: Mapping[str, Any]) -> list[Draw]:
     return list(found.values())
 
 
+def num_combinations(space: Space) -> int:
+    """Of listed values: as many as `grid` has, or more."""
+    return math.prod(len(_listed(dimension)) for dimension in space.values())
+
+
 def changes(space: Space, one: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """What a draw sets in the run file `base`, by dotted name."""
     found: dict[str, Any] = {}
@@ -61,7 +66,23 @@ def corners(space: Space) -> Iterator[Draw]:
     extremes = {key: list(dimension.ends or dimension.choose or ()) for key, dimension in space.items()}
     first = {key: values[0] for key, values in extremes.items()}
     for key, values in extremes.items():
-        yield from (first | {key: _whole(key, value, space[key])} for value in values)
+        meeting = first | _meeting(space, key)
+        yield from (meeting | {key: _whole(key, value, space[key])} for value in values)
+
+
+def _meeting(space: Space, key: str) -> Draw:
+    """Values of other dimensions with which this one takes part, as far as they are drawn as they are written."""
+    found: Draw = {}
+    for other, wanted in space[key].when.items():
+        if (drawn := space.get(other)) and not drawn.ratio_of:
+            low, high = drawn.ends or (1, 0)
+            wants = wanted if isinstance(wanted, list) else [wanted]
+            possible = [
+                want for want in wants
+                if want in (drawn.choose or ()) or (isinstance(want, int | float) and low <= want <= high)
+            ]  # fmt: skip
+            found |= _meeting(space, other) | ({other: possible[0]} if possible else {})
+    return found
 
 
 def takes_numbers(key: str) -> bool:
@@ -91,7 +112,10 @@ def _value(key: str, dimension: Dimension, rng: random.Random) -> Any:
         low, high = map(math.log, dimension.log)
         return _whole(key, _rounded(math.exp(rng.uniform(low, high)), dimension.log), dimension)
     assert dimension.uniform, "a dimension has one of four ranges"
-    return _whole(key, _rounded(rng.uniform(*dimension.uniform), dimension.uniform), dimension)
+    low, high = dimension.uniform
+    if takes_integers_only(key) and not dimension.ratio_of:  # the ends as often as what is between
+        return rng.randint(math.ceil(low), math.floor(high))
+    return _whole(key, _rounded(rng.uniform(low, high), dimension.uniform), dimension)
 
 
 def _within(key: str, dimension: Dimension, value: Any) -> Any:
@@ -108,10 +132,10 @@ def _whole(key: str, value: Any, dimension: Dimension) -> Any:
     return round(value) if whole else value
 
 
-def _listed(dimension: Dimension) -> list[Any]:
+def _listed(dimension: Dimension) -> Sequence[Any]:
     if dimension.integer:
-        return list(range(dimension.integer[0], dimension.integer[1] + 1))
-    return list(dimension.choose or ())
+        return range(dimension.integer[0], dimension.integer[1] + 1)
+    return dimension.choose or ()
 
 
 def _number_types(key: str) -> set[type]:

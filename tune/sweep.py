@@ -8,11 +8,12 @@ exists. A sweep that was stopped or whose driver was killed goes on with `resume
 
 from __future__ import annotations
 
-import math
 import signal
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from service import launcher, storage
-from service.config import RunConfig, checked, report, run_from_json
+from service.config import checked, report, run_from_json
 from service.config_values import override, put
 from service.domain import Manifest, ModelRef, RunState
 from service.errors import ConfigError, ConflictError, NotFoundError, StorageError, TrainingError
@@ -28,19 +29,18 @@ from service.registry import Registry
 from service.runs import Run, check_id
 from service.settings import Settings
 from service.status import beating, is_driven, this_process, told_apart
-from service.sweep_config import AshaBlock, PbtBlock, SearchBlock, SweepConfig
+from service.sweep_config import STEPS, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune import space as spaces
 from tune.directory import Sweep, TrialRecord
 from tune.sweep_file import ResolvedSweep, across
 from tune.table import SweepView, best_so_far, summary
-from tune.trial import TrialJob
+from tune.trial import TrialJob, never_stops
 from tune.trials import ENDED, Trial, Trials
 
 LOOK_EVERY_S = 1.0
 LOOKING_SHARE = 0.1  # of the driver's time at most, where looking at many trials takes long
 SHARING_AT_ONCE = 4  # trials on one copy of the base, unless search.parallel says how many
-PBT_KEEPS = 4  # checkpoints: one that is being taken over must not be pruned
 BUDGET = "the budget"  # what a stop begins with that a budget asks for
 RESUMABLE = ("search.trials", "search.parallel", "search.budget", "publish")
 
@@ -158,21 +158,6 @@ def trials_at_once(search: SearchBlock, fit: int, nodes: int, workers: int, gpu:
     return max(1, min(wanted, fit))
 
 
-def set_in_trials(resolved: ResolvedSweep, config: RunConfig, num_steps: int) -> dict[str, Any]:
-    """What the sweep sets in every run file: a stopping rule needs measurements when it decides, and checkpoints to copy."""
-    rule, also = resolved.config.stop, dict[str, Any]()
-    if not isinstance(rule, AshaBlock | PbtBlock):
-        return also
-    share = rule.grace if isinstance(rule, AshaBlock) else rule.every
-    every = config.evaluate.every.steps or max(1, math.ceil(num_steps * share))
-    if resolved.config.search.metric.startswith("eval/"):
-        also["evaluate.every.steps"] = every
-    if isinstance(rule, PbtBlock):
-        also["checkpoint.every.steps"] = every
-        also["checkpoint.keep_last"] = max(PBT_KEEPS, config.checkpoint.keep_last)
-    return also
-
-
 def _planned(resolved: ResolvedSweep, settings: Settings, console: Console) -> tuple[TrialJob, int]:
     """What all trials are given, and how many train at once; prepares the data. Raises what is wrong with the base."""
     from service.training.placement import Cluster, runs_that_fit
@@ -182,6 +167,8 @@ def _planned(resolved: ResolvedSweep, settings: Settings, console: Console) -> t
     run = max(corners, key=lambda corner: corner.config.scale.max_workers)
     _say(console, f"Planning: model {run.config.model.id}, data {run.config.data.train}")
     plan = make_run_plan(run, settings)
+    if problem := never_stops(resolved, run.config, plan.num_steps):
+        raise ConfigError(problem)
     launcher.connect()
     cluster, scale = Cluster.current(), run.config.scale
     fit, search = runs_that_fit(cluster, scale), resolved.config.search
@@ -202,11 +189,11 @@ def _planned(resolved: ResolvedSweep, settings: Settings, console: Console) -> t
         _say(console, f"The cluster has room for {parallel} trial(s) at once, not {search.parallel}: the others queue.")
     how = f"search {search.algorithm}, stop {resolved.config.stop.type}"
     at_once = f"{min(parallel, resolved.num_trials)} at a time{' on one copy of the base' if search.share_base else ''}"
-    _say(console, f"{resolved.num_trials} trials of {plan.num_steps} steps, {at_once}, {how}")
-    also = set_in_trials(resolved, run.config, plan.num_steps)
-    here, metric = str(Path.cwd()), search.metric
-    sharing = 1 if search.share_base else parallel
-    return TrialJob(settings.home, str(settings.cache), here, "", metric, also, sharing), parallel
+    num_steps = None if any(key.startswith(STEPS) for key in resolved.space) else plan.num_steps
+    what = f"{resolved.num_trials} trials{f' of {num_steps} steps' if num_steps else ''}"
+    _say(console, f"{what}, {at_once}, {how}")
+    here, metric, sharing = str(Path.cwd()), search.metric, 1 if search.share_base else parallel
+    return TrialJob(settings.home, str(settings.cache), here, "", metric, num_steps, sharing), parallel
 
 
 def _tried(
@@ -218,7 +205,7 @@ def _tried(
     known = {record.number for record in sweep.records()}
     for number, draw in enumerate(resolved.known_draws or (), start=1):
         if number not in known:
-            sweep.write_record(TrialRecord(number=number, draw=draw))
+            sweep.insist(partial(sweep.write_record, TrialRecord(number=number, draw=draw)))
     look = Trials(sweep, resolved)
     trials = look.look()
     ended = [trial for trial in trials if trial.state in ENDED]
@@ -234,10 +221,11 @@ def _tried(
                 from tune.shared import run_trials_together as run_trials
             else:
                 from tune.tuner import run_trials
-            run_trials(sweep, resolved, job, Queue(waiting, most), ended, parallel, tick)
+            new = range(1 + max((record.number for record in sweep.records()), default=0), most + 1)
+            run_trials(sweep, resolved, job, Queue(waiting, new), ended, parallel, tick)
         tick.last()
-    sweep.heartbeat(seconds=spent_s + tick.elapsed_s)
-    return look.look()
+    sweep.insist(lambda: sweep.heartbeat(seconds=spent_s + tick.elapsed_s))
+    return sweep.insist(look.look)
 
 
 class _Stop:
@@ -249,7 +237,9 @@ class _Stop:
         self._delivered = False
 
     def __enter__(self) -> _Stop:
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        mine = threading.current_thread() is threading.main_thread()  # no other may listen
+        listened = (signal.SIGTERM, signal.SIGINT) if mine else ()
+        self._before = {number: signal.signal(number, self._ask) for number in listened}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -301,7 +291,7 @@ class _Tick:
 
     def last(self) -> None:
         """Show how it ended."""
-        self._view.show(self._look.look())
+        self._view.show(self._sweep.insist(self._look.look))
 
     def _once(self) -> None:
         trials = self._look.look()
@@ -315,14 +305,15 @@ class _Tick:
 def _end(sweep: Sweep, resolved: ResolvedSweep, trials: list[Trial], settings: Settings, console: Console) -> None:
     """Rank, publish, say where it is and how it goes on."""
     search, publish = resolved.config.search, resolved.config.publish
-    stopped, first = sweep.stop_requested(), leaderboard.best(trials, search.mode)
-    wanted = [trial for trial in trials if trial.number <= resolved.num_trials]
+    stopped, first = sweep.insist(sweep.stop_requested), leaderboard.best(trials, search.mode)
+    num_trials = resolved.num_trials
+    wanted = [trial for trial in trials if trial.number <= num_trials]
     left = [trial.number for trial in wanted if trial.state not in ENDED]
     spent = stopped is not None and stopped.startswith(BUDGET)
-    whole = not left and len(wanted) == resolved.num_trials
+    whole = not left and len(wanted) == num_trials
     published = publish and first and (spent or (whole and stopped is None))
     manifest = publish_best(sweep, publish.name, settings) if publish and published else None
-    page = write_leaderboard(sweep, resolved, trials, manifest.ref if manifest else None)
+    page = sweep.insist(lambda: write_leaderboard(sweep, resolved, trials, manifest.ref if manifest else None))
     console.print(summary(trials, search.metric, search.mode))
     for line in _startups(trials):
         _say(console, line)
@@ -339,7 +330,7 @@ def _end(sweep: Sweep, resolved: ResolvedSweep, trials: list[Trial], settings: S
         more = " --set search.budget=null" if spent else ""
         _say(console, f"Stopped: {stopped}. Go on: loray sweep --resume {sweep.id}{more}")
     elif left:
-        raise TrainingError(f"trials {left} of sweep {sweep.id} were interrupted; their runs say why.")
+        raise TrainingError(f"trials {left} of sweep {sweep.id} were interrupted: {'; '.join(_whys(trials))}.")
     elif first is None:
         raise TrainingError(f"no trial of sweep {sweep.id} has finished: {'; '.join(_whys(trials))}")
     else:

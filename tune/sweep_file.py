@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from service.config import ResolvedRun, changed, checked, report, run_from_text
-from service.config_blocks import RunConfig
+from service.config_blocks import RunConfig, expanded, has_rows_to_evaluate, several_trainings
 from service.config_problems import annotations_of, blocks_of, dotted_names, unknown_key
 from service.config_values import mapping, override, put, read_text, take_out, value_at
 from service.errors import ConfigError
-from service.sweep_config import LIVE, RANGES, SHARING, Dimension, PbtBlock, SweepConfig
+from service.sweep_config import LIVE, MOST_TRIALS, RANGES, SHARING, Dimension, PbtBlock, SweepConfig
 from tune import space as spaces
 
 OWN = ("search", "stop", "publish")
@@ -41,6 +41,14 @@ class ResolvedSweep:
         if search.algorithm == "random":
             return [spaces.draw(self.space, search.seed, number) for number in range(1, self.num_trials + 1)]
         return None
+
+    def first_draws(self, count: int) -> list[spaces.Draw]:
+        """So many of those, at most; none where they are not known."""
+        search = self.config.search
+        if search.algorithm == "random":
+            return [spaces.draw(self.space, search.seed, 1 + i) for i in range(min(count, self.num_trials))]
+        too_many = spaces.num_combinations(self.space) > MOST_TRIALS
+        return [] if too_many else (self.known_draws or [])[:count]
 
     @property
     def num_trials(self) -> int:
@@ -83,7 +91,9 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> ResolvedSweep:
     parts = _sweep_file(written, path) if "base" in written or "space" in written else _run_file_with_ranges(written)
     base, ranges, own, problems = parts
     for key, value in map(override, overrides):
-        if key in _OWN_NAMES:
+        if key == "stop.type":  # another rule has other fields
+            own["stop"] = value
+        elif key in _OWN_NAMES:
             put(own, key, value) if "." in key else own.update({key: value})
         else:
             ranges.pop(key, None)
@@ -94,9 +104,9 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> ResolvedSweep:
     space, wrong = _dimensions(ranges, base)
     config, wrong_too = checked(SweepConfig, own)
     problems += [*wrong, *wrong_too]
-    if config is not None:
-        problems += across(config, space, base)
     whole = {key: one for key, one in space.items() if not any(f"space.{key}" in line for line in wrong)}
+    if config is not None:
+        problems += across(config, whole, base)
     problems += _of_the_runs(ResolvedSweep(config or SweepConfig(), whole, base, text))
     if problems or config is None:
         raise ConfigError(report(path, list(dict.fromkeys(problems))))
@@ -117,6 +127,8 @@ def _own(written: Mapping[str, Any], *names: str) -> dict[str, Any]:
 def _sweep_file(written: Mapping[str, Any], path: str) -> _Parts:
     """The base, the space and the sweep's own blocks of a sweep file, and what is wrong with it."""
     problems = [_unknown(key) for key in written if key not in ("base", "space", "schema", *OWN)]
+    if (schema := written.get("schema", 1)) != 1:
+        problems.append(f"schema: must be 1, not {schema!r}. A later one is a later loray's.")
     name, ranges = written.get("base"), written.get("space")
     if not isinstance(name, str):
         raise ConfigError(f"{path}: base is {name!r}, and must be the path of a run file, as seen from this file.")
@@ -129,7 +141,7 @@ def _sweep_file(written: Mapping[str, Any], path: str) -> _Parts:
     problems += [
         f"base: {key} is a range there. Give it in space, or leave base out of this file." for key, _ in within
     ]
-    return base, dict(ranges), _own(written, *OWN), problems
+    return base, {str(key): values for key, values in ranges.items()}, _own(written, *OWN), problems
 
 
 def _unknown(key: str) -> str:
@@ -177,7 +189,7 @@ def _dimensions(ranges: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[dic
                 wrong += _comparable(key, dimension)
         problems += wrong
     for key, dimension in found.items():
-        problems += _references(key, dimension, list(ranges), base)
+        problems += _references(key, dimension, list(ranges), found, base)
         problems += _never(key, dimension, found, base)
     return found, problems
 
@@ -200,7 +212,9 @@ def _comparable(key: str, dimension: Dimension) -> Iterator[str]:
         yield f"space.{key}: takes no numbers, so nothing lies between two of its values. List them: {key}: [...]."
 
 
-def _references(key: str, dimension: Dimension, drawn: list[str], base: Mapping[str, Any]) -> Iterator[str]:
+def _references(
+    key: str, dimension: Dimension, drawn: list[str], found: spaces.Space, base: Mapping[str, Any]
+) -> Iterator[str]:
     """What a range says of other fields: they have a value, and have it before."""
     others = [("ratio_of", dimension.ratio_of)] if dimension.ratio_of else []
     for what, other in [*others, *(("when", other) for other in dimension.when)]:
@@ -210,8 +224,16 @@ def _references(key: str, dimension: Dimension, drawn: list[str], base: Mapping[
             yield f"space.{key}.{what}: {other} is drawn after {key}. Write {other} before it."
         elif other not in drawn and value_at(base, other) is None:
             yield f"space.{key}.{what}: {other} has no value. Give it one, in space or in the base."
+        elif what == "ratio_of" and other in drawn and _may_be_missing(other, found, base):
+            yield (
+                f"space.{key}.ratio_of: {other} has no value in trials that do not meet its own condition. Give it one in the base."
+            )
         elif what == "ratio_of" and not spaces.takes_numbers(other):
             yield f"space.{key}.ratio_of: {other} takes no numbers, so nothing can be a multiple of it."
+
+
+def _may_be_missing(key: str, space: spaces.Space, base: Mapping[str, Any]) -> bool:
+    return bool(key in space and space[key].when) and value_at(base, key) is None
 
 
 def _never(key: str, dimension: Dimension, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:
@@ -232,12 +254,17 @@ def _never(key: str, dimension: Dimension, space: spaces.Space, base: Mapping[st
 def across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) -> Iterator[str]:
     """What cannot go together in a sweep."""
     search = config.search
-    if search.metric.startswith("eval/") and value_at(base, "data.eval") is None and "data.eval" not in space:
+    corners = [expanded(changed(base, spaces.changes(space, draw, base))) for draw in spaces.corners(space)]
+    if search.metric.startswith("eval/") and not all(map(has_rows_to_evaluate, corners)):
         yield f"search.metric: no run reports {search.metric} without rows to evaluate on. Set data.eval in the base."
+    if key := next(filter(None, map(several_trainings, corners)), None):
+        yield f"base: {key}: asks for several trainings, and a trial is one. Leave it out, or train one fold: run.fold."
     if search.algorithm == "grid":
         for key, dimension in space.items():
             if dimension.log or dimension.uniform:
                 yield f"space.{key}: a grid goes through values, and this is a range. List them: {key}: [...]."
+        if (size := spaces.num_combinations(space)) > MOST_TRIALS:
+            yield f"search: a grid of {size:,} combinations, and {MOST_TRIALS:,} is the most. List fewer values, or search: random."
         if search.trials is not None:
             yield f"search.trials: {search.trials}, and a grid tries all its values. Leave trials out, or search: random."
     if search.algorithm == "tpe" and importlib.util.find_spec("optuna") is None:
@@ -250,12 +277,16 @@ def across(config: SweepConfig, space: spaces.Space, base: Mapping[str, Any]) ->
         for key in space:
             if key not in SHARING:
                 yield f"space.{key}: trials that share a base differ in {', '.join(SHARING)} only. Fix it in the base."
+        written = expanded(base)
         for key, needed in (("method.type", ("lora", "qlora", None)), ("method.bias", ("none", None))):
-            if value_at(base, key) not in needed:
-                yield f"base: {key}: {value_at(base, key)} changes the base that search.share_base shares. Use lora or qlora without biases."
-        if value_at(base, "scale.workers") not in (None, 1):
-            yield f"base: scale.workers: {value_at(base, 'scale.workers')}, and with search.share_base all trials train in one. Set 1."
+            if value_at(written, key) not in needed:
+                yield f"base: {key}: {value_at(written, key)} changes the base that search.share_base shares. Use lora or qlora without biases."
+        for key, one in (("scale.workers", 1), ("scale.strategy", "ddp")):
+            if (value := value_at(written, key)) not in (None, one):
+                yield f"base: {key}: {value}, and with search.share_base all trials train in one worker. Set {one}."
     if isinstance(config.stop, PbtBlock):
+        if search.parallel is not None:
+            yield f"search.parallel: {search.parallel}, and stop: pbt trains all trials at once. Leave it out."
         if not live(space):
             yield f"stop: pbt has nothing to change. Give a range of numbers for one of {', '.join(LIVE)}."
         for key in space:
@@ -270,7 +301,7 @@ def live(space: spaces.Space) -> list[str]:
 
 def _of_the_runs(sweep: ResolvedSweep) -> Iterator[str]:
     """What is wrong with the run files of the trials: of those that are known, else of the ends of each range."""
-    draws = [*spaces.corners(sweep.space), *(sweep.known_draws or [])[:CHECKED_DRAWS]]
+    draws = [*spaces.corners(sweep.space), *sweep.first_draws(CHECKED_DRAWS)]
     found: dict[str, str] = {}
     for one in draws:
         for line in checked(RunConfig, changed(sweep.base, sweep.changes(one)))[1]:

@@ -116,6 +116,8 @@ def news(before: Trial | None, trial: Trial, metric: str) -> list[str]:
     if trial.state is not TrialState.WAITING and (before is None or before.state is TrialState.WAITING):
         values = "  ".join(f"{key} {shown(value)}" for key, value in trial.changes.items())
         lines.append(f"{name} begins: {values}  (run {trial.run})")
+    if trial.state is TrialState.RUNNING and before is not None and before.state is TrialState.INTERRUPTED:
+        lines.append(f"{name} goes on  (run {trial.run})")
     for step, (_, value) in list(zip(trial.steps, trial.curve, strict=True))[known:]:
         lines.append(f"{name}  step {step}/{trial.num_steps}  {metric} {value:.4f}")
     if trial.state in (*ENDED, TrialState.INTERRUPTED) and (before is None or before.state is not trial.state):

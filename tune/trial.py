@@ -6,6 +6,7 @@ The run is trained by `training/driver.py`, as any run is. Knows nothing of Ray 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -17,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from service.config import ResolvedRun
+from service.config import ResolvedRun, RunConfig
 from service.domain import RunState
 from service.errors import ConflictError, NotFoundError, StorageError
 from service.logs import LogReader
 from service.runs import Run, new_id
 from service.settings import Settings
 from service.status import LOST_AFTER_S
+from service.sweep_config import AshaBlock, NoStopBlock, PbtBlock
 from tune.directory import Sweep, TrialRecord, TrialRun
 from tune.sweep_file import ResolvedSweep
-from tune.trials import ENDED, IN_THE_WAY, trial_state
+from tune.trials import EARLY, ENDED, IN_THE_WAY, trial_state
 
 if TYPE_CHECKING:
     from service.training.trainer import Crew, SharedCrew
@@ -34,18 +36,19 @@ if TYPE_CHECKING:
 LOOK_EVERY_S = 0.5
 LOOK_FOR_STOP_EVERY_S = 2.0
 LEFT = "left: goes on from another trial's checkpoint"
+PBT_KEEPS = 4  # checkpoints: one that is being taken over must not be pruned
 
 
 @dataclass(frozen=True)
 class TrialJob:
-    """What a trial needs, in plain values that travel between processes. `also`: what the sweep sets in every run file."""
+    """What a trial needs, in plain values that travel between processes. `num_steps`: None where trials differ in it."""
 
     home: str
     cache: str
     directory: str  # where the data's relative paths begin
     sweep: str
     metric: str
-    also: dict[str, Any]
+    num_steps: int | None
     sharing: int
 
 
@@ -79,14 +82,15 @@ class TrialThread:
         self._job, self._draw, self._donor, self._replay = job, draw, donor, replay
         self._settings = Settings(job.home, Path(job.cache))
         self._sweep = Sweep(job.home, job.sweep)
-        self._resolved = self._sweep.resolved()
-        self._record = self._sweep.record(number)
+        self._resolved = self._sweep.insist(self._sweep.resolved)
+        self._record = self._sweep.insist(lambda: self._sweep.record(number))
         self._run: Run | None = None
         self._reader: LogReader | None = None
         self._reported = 0
         self._unread: list[tuple[str, dict[str, Any]]] = []
         self._look_for_stop_at = 0.0
         self._failure: BaseException | None = None
+        self._asked_before: str | None = None
         self._thread = threading.Thread(target=self._train, name=f"trial-{number}", daemon=True)
         self._thread.start()
 
@@ -131,6 +135,8 @@ class TrialThread:
             return
         self._look_for_stop_at = time.monotonic() + LOOK_FOR_STOP_EVERY_S
         reason = self._sweep.stop_requested()
+        if self._asked_before and self._asked_before.startswith(EARLY):  # a rule had decided, which begins no new road
+            reason = self._asked_before
         if reason and self._run.status().state is RunState.RUNNING:
             self._run.propose_stop(reason)
 
@@ -158,18 +164,22 @@ class TrialThread:
                 self._train_on(console)
         except BaseException as error:
             self._failure = error
-            run_is_there = _existing(self._job.home, self._record)
-            if not run_is_there and type(error).__name__ not in IN_THE_WAY:  # the trial's own record must say so
-                self._sweep.write_record(self._record.model_copy(update={"problem": self.failure}))
+            if self._run is None:  # the run itself has nothing to say: the trial's record must
+                again = _existing(self._job.home, self._record) or type(error).__name__ in IN_THE_WAY
+                kind = "hindrance" if again else "problem"
+                self._sweep.write_record(self._record.model_copy(update={kind: self.failure}))
 
     def _train_on(self, console: Console) -> None:
         from service.training.driver import train_run
 
         asked_at = time.time()
         os.chdir(self._job.directory)
-        record, resolved = self._record, self._resolved
+        if self._record.hindrance:
+            self._record = self._record.model_copy(update={"hindrance": ""})
+            self._sweep.write_record(self._record)
+        record = self._record
         existing = _existing(self._job.home, record)
-        if self._donor and self._donor[0] != record.run:
+        if self._donor and not _came_from(record, self._donor):
             existing = self._adopt(self._donor, asked_at)
         elif existing is None:
             self._record = record = _with_run(self._sweep, record, TrialRun(
@@ -180,8 +190,9 @@ class TrialThread:
         if existing and trial_state("", existing.status()) in ENDED:
             self._run = run
             return
+        self._asked_before = existing.stop_requested() if existing else None
         resumed = _reopened(existing) if existing else None
-        config = _resolved_run(resolved, self._sweep, self._record, self._job)
+        config = self._config_of(self._record)
         watch = threading.Thread(target=self._await_run, args=(run,), name="await-run", daemon=True)
         watch.start()
         train_run(
@@ -200,6 +211,16 @@ class TrialThread:
                     return
             self._thread.join(LOOK_EVERY_S)
 
+    def _config_of(self, record: TrialRecord) -> ResolvedRun:
+        from service.training.plan import make_run_plan
+
+        name = f"Trial {record.number} of sweep {self._sweep.id}"
+        plain = self._resolved.trial(name, record.newest_draw, {})
+        num_steps = self._job.num_steps or make_run_plan(plain, self._settings).num_steps
+        return self._resolved.trial(
+            name, record.newest_draw, set_in_trials(self._resolved, plain.config, num_steps)
+        )
+
     def _adopt(self, donor: tuple[str, int], asked_at: float) -> Run:
         from service.training.adoption import adopt
 
@@ -207,7 +228,7 @@ class TrialThread:
         name = f"trial-{self._record.number}"
         one = TrialRun(run=new_id(self._job.home, name), draw=self._draw, asked_at=asked_at, source=source)
         wanted = self._record.model_copy(update={"runs": (*self._record.runs, one)})
-        config = _resolved_run(self._resolved, self._sweep, wanted, self._job)
+        config = self._config_of(wanted)
         run, there = adopt(Run(self._job.home, source), step, one.run, name, config)
         self._record = _with_run(self._sweep, self._record, one.model_copy(update={"source_step": there}))
         return run
@@ -222,8 +243,30 @@ def _log_of(settings: Settings, sweep: str, number: int) -> Iterator[Console]:
         yield Console(file=file, width=160)
 
 
-def _resolved_run(resolved: ResolvedSweep, sweep: Sweep, record: TrialRecord, job: TrialJob) -> ResolvedRun:
-    return resolved.trial(f"Trial {record.number} of sweep {sweep.id}", record.newest_draw, job.also)
+def set_in_trials(resolved: ResolvedSweep, config: RunConfig, num_steps: int) -> dict[str, Any]:
+    """What the sweep sets in a trial's run file: a stopping rule needs measurements when it decides, and checkpoints to copy."""
+    rule, also = resolved.config.stop, dict[str, Any]()
+    if not isinstance(rule, AshaBlock | PbtBlock):
+        return also
+    share = rule.grace if isinstance(rule, AshaBlock) else rule.every
+    every = config.evaluate.every.steps or max(1, math.ceil(num_steps * share))
+    if resolved.config.search.metric.startswith("eval/"):
+        also["evaluate.every.steps"] = every
+    if isinstance(rule, PbtBlock):
+        also["checkpoint.every.steps"] = every
+        also["checkpoint.keep_last"] = max(PBT_KEEPS, config.checkpoint.keep_last)
+    return also
+
+
+def never_stops(resolved: ResolvedSweep, config: RunConfig, num_steps: int) -> str | None:
+    """Why the stopping rule would have nothing to decide by."""
+    every, rule = config.evaluate.every.steps, resolved.config.stop
+    if isinstance(rule, NoStopBlock) or not resolved.config.search.metric.startswith("eval/") or every < num_steps:
+        return None
+    return (
+        f"evaluate.every.steps: {every}, and a trial has {num_steps} steps: stop: {rule.type} would have nothing to decide by. "
+        "Lower it, leave it out, or set stop: none."
+    )
 
 
 def _with_run(sweep: Sweep, record: TrialRecord, one: TrialRun) -> TrialRecord:
@@ -232,6 +275,13 @@ def _with_run(sweep: Sweep, record: TrialRecord, one: TrialRun) -> TrialRecord:
     kept = record.model_copy(update={"runs": (*before, one)})
     sweep.write_record(kept)
     return kept
+
+
+def _came_from(record: TrialRecord, donor: tuple[str, int]) -> bool:
+    """Whether the newest run is the donor, or went on from it already: Tune asks again where a trial's actor was killed."""
+    source, step = donor
+    newest = record.runs[-1] if record.runs else None
+    return newest is not None and (newest.run == source or (newest.source == source and step <= newest.source_step))
 
 
 def _existing(home: str, record: TrialRecord) -> Run | None:

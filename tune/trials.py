@@ -95,13 +95,12 @@ class Trials:
 
     def look(self) -> list[Trial]:
         """All trials, in order. Those that have ended are not read again."""
-        found = []
-        for record in self._sweep.records():
-            trial = self._ended.get(record.number) or self._one(record)
+        found = dict(self._ended)
+        for record in self._sweep.records(known=self._ended):
+            trial = found[record.number] = self._one(record)
             if trial.state in ENDED:
                 self._ended[record.number] = trial
-            found.append(trial)
-        return found
+        return [found[number] for number in sorted(found)]
 
     def _one(self, record: TrialRecord) -> Trial:
         status = _status(self._sweep.home, record.run)
@@ -110,7 +109,7 @@ class Trials:
         for one in record.runs:
             reader = self._rows.setdefault(one.run, _Rows(Run(self._sweep.home, one.run)))
             rows = reader.read()
-            tokens += int(sum(row.get(TOKENS, 0) for row in rows.values()))
+            tokens += int(reader.tokens)
         metric = self._resolved.config.search.metric
         num_steps = int(status.details.get("num_steps", 0)) if status else 0
         known = sorted(rows.items()) if num_steps else []  # a run that begins with another's rows does not say yet
@@ -119,7 +118,7 @@ class Trials:
             number=record.number,
             changes=self._resolved.changes(record.newest_draw),
             state=trial_state(record.problem, status),
-            why=record.problem or (status.message if status else ""),
+            why=record.problem or record.hindrance or (status.message if status else ""),
             run=record.run if status else None,
             step=max(rows, default=0),
             num_steps=num_steps,
@@ -142,9 +141,10 @@ class Trials:
 
 @dataclass
 class _Rows:
-    """The metric rows of a run as they come, one a step: a later attempt's stands."""
+    """The metric rows of a run as they come, one a step: a later attempt's stands. `tokens` are those of all attempts."""
 
     run: Run
+    tokens: float = 0.0
     rows: dict[int, tuple[int, dict[str, Any]]] = field(default_factory=dict)
     reader: LogReader | None = None
 
@@ -152,6 +152,7 @@ class _Rows:
         self.reader = self.reader or LogReader(self.run.path("metrics"))
         for writer, row in self.reader.new_rows():
             attempt = int(writer.split("-")[0].removeprefix("a"))
+            self.tokens += row.get(TOKENS, 0)
             if attempt >= self.rows.get(row["step"], (-1, {}))[0]:
                 self.rows[row["step"]] = (attempt, row)
         return {step: row for step, (_, row) in self.rows.items()}

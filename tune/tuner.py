@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ from tune.trials import EARLY, Trial, TrialState
 STOPS_WITHIN_S = 120.0  # a run that was left, with its checkpoint; then its actor is killed
 ACTOR_FAILURES = 2  # a trial's actor may be killed so often and the trial goes on
 POINTER = "checkpoint.json"
+_JUST_BELOW = 1 - 1e-9  # shares of steps are no exact numbers: 0.3 - 0.2 < 0.1, and 0.1 * 3 > 0.3
 _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -52,10 +54,10 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Queue:
-    """What is to be tried: `waiting` trials, then up to trial number `last`, drawn as the search suggests."""
+    """What is to be tried: `waiting` trials, then those of the `new` numbers, drawn as the search suggests."""
 
     waiting: tuple[TrialRecord, ...]
-    last: int
+    new: range
 
 
 def run_trials(
@@ -87,7 +89,7 @@ def run_trials(
         tune_config=ray.tune.TuneConfig(
             scheduler=scheduler(sweep, resolved, before),
             search_alg=search,
-            num_samples=queue.last - len(before) if search else 1,
+            num_samples=len(queue.waiting) + len(queue.new) if search else 1,
             max_concurrent_trials=parallel,
             reuse_actors=True,
             trial_name_creator=lambda trial: str(trial.config["trial"]["number"]),
@@ -182,7 +184,7 @@ class _Asha(ASHAScheduler):
     def __init__(self, sweep: Sweep, resolved: ResolvedSweep, rule: AshaBlock) -> None:
         super().__init__(
             time_attr="progress", metric="value", mode=resolved.config.search.mode, max_t=1.0,
-            grace_period=rule.grace, reduction_factor=rule.factor, stop_last_trials=False,
+            grace_period=rule.grace * _JUST_BELOW, reduction_factor=rule.factor, stop_last_trials=False,
         )  # fmt: skip
         self._sweep, self._search, self._rule = sweep, resolved.config.search, rule
         self._asked: dict[int, str] = {}  # trials that are to stop and may not have heard of it
@@ -236,7 +238,7 @@ def scheduler(sweep: Sweep, resolved: ResolvedSweep, before: Sequence[Trial]) ->
         space = resolved.space
         return _Pbt(
             time_attr="progress", metric="value", mode=resolved.config.search.mode,
-            perturbation_interval=rule.every, quantile_fraction=rule.quantile,
+            perturbation_interval=rule.every * _JUST_BELOW, quantile_fraction=rule.quantile,
             hyperparam_mutations={"trial": {"draw": {key: _domain(space[key], key) for key in live(space)}}},
             resample_probability=0.0, perturbation_factors=rule.factors,
             custom_explore_fn=lambda config: {
@@ -273,17 +275,17 @@ class _Suggested(Searcher):
         super().__init__(metric="value", mode=inner.mode)
         self._sweep, self._inner = sweep, inner
         self._waiting = list(queue.waiting)
-        self._numbers = iter(range(1 + max((r.number for r in sweep.records()), default=0), queue.last + 1))
+        self._numbers = iter(queue.new)
         self._resumed: dict[str, TrialRecord] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        if self._sweep.stop_requested():
+        if self._sweep.insist(self._sweep.stop_requested):
             return str(Searcher.FINISHED)
         if self._waiting:
             record = self._resumed[trial_id] = self._waiting.pop(0)
         elif number := next(self._numbers, None):
             record = TrialRecord(number=number, draw=self._inner.suggest(trial_id))
-            self._sweep.write_record(record)
+            self._sweep.insist(partial(self._sweep.write_record, record))
         else:
             return str(Searcher.FINISHED)
         return {"trial": {"number": record.number, "draw": record.newest_draw}}

@@ -51,8 +51,8 @@ def train_to_the_end(
     failures, newest = 0, insist(lambda: newest_step(run.uri))
     growth, grown_from = Growth(), 0
     while True:
-        found = crew.ready_for(scale) if crew else None
-        found = found or placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None, job.sharing)
+        standing = partial(crew.ready_for, scale) if crew else lambda: None
+        found = placement.await_workers(scale, say, lambda: insist(stop.wanted) is not None, job.sharing, standing)
         if found is None:
             return TrainResult(newest or 0, {}, stopped=insist(stop.wanted))
         workers, share = found

@@ -102,10 +102,14 @@ class Growth:
 
 
 def await_workers(
-    scale: ScaleBlock, say: Callable[[str], None], stop: Callable[[], bool], runs: int = 1
+    scale: ScaleBlock,
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+    runs: int = 1,
+    standing: Callable[[], tuple[int, Resources] | None] = lambda: None,
 ) -> tuple[int, Resources] | None:
     """The number of workers to start now and what each gets; None once `stop`. Waits `scale.wait_s` at most; an autoscaler is
-    asked.
+    asked. Workers that are `standing` by, which may come while this waits, are taken first.
 
     Raises ClusterError when the time is over, or at once where nothing can come: a Ray that this process has started.
     """
@@ -114,6 +118,8 @@ def await_workers(
     asked = False
     try:
         while True:
+            if found := standing():
+                return found
             cluster = Cluster.current()
             share = share_of(cluster, scale, runs)
             room = room_for(cluster, share)

@@ -75,6 +75,10 @@ def test_overrides_are_of_the_sweep_or_else_of_its_base(tmp_path: Path) -> None:
     assert (config.method.r, config.optim.epochs) == (16, 3)  # type: ignore[union-attr]
 
 
+def test_another_stopping_rule_brings_its_own_fields(tmp_path: Path) -> None:
+    assert load(tmp_path, "stop.type=none", stop={"type": "asha", "factor": 2}).config.stop.type == "none"
+
+
 def test_what_is_kept_in_the_directory_is_the_same_sweep(tmp_path: Path) -> None:
     sweep = load(tmp_path, stop={"type": "pbt", "every": 0.5}, search={"trials": 2, "seed": 4})
     again = sweep_from_json(yaml.safe_load(yaml.safe_dump(sweep.as_json())))
@@ -148,6 +152,38 @@ def test_all_problems_of_a_sweep_are_told_at_once(tmp_path: Path) -> None:
             {"search": {"share_base": True}, "space": {**SPACE, "optim.batch.rows": [4, 8]}},
             "space.optim.batch.rows: trials that share a base differ in optim.lr, method.r, method.alpha only",
         ),
+        (
+            {"search": {"share_base": True}, "base": {**BASE, "scale": {"strategy": "zero3"}}},
+            "scale.strategy: zero3, and with search.share_base all trials train in one worker. Set ddp.",
+        ),
+        (
+            {
+                "space": {
+                    **SPACE,
+                    "method.r": {"choose": [4, 8], "when": {"optim.lr": 1e-4}},
+                    "method.alpha": {"ratio_of": "method.r", "choose": [1, 2]},
+                },
+                "base": {**BASE, "method": "lora"},
+            },
+            "space.method.alpha.ratio_of: method.r has no value in trials that do not meet its own condition",
+        ),
+        (
+            {
+                "search": "tpe",
+                "space": {"method.r": [4, 16], "method.dropout": {"choose": [0.1, 5.0], "when": {"method.r": 16}}},
+            },
+            "space.method.dropout: must be less than 1",
+        ),
+        ({"base": {**BASE, "run": {"seeds": 3}}}, "base: run.seeds: asks for several trainings, and a trial is one"),
+        (
+            {"search": "grid", "space": {"seed": {"integer": [0, 200_000_000]}}},
+            "a grid of 200,000,001 combinations, and 10,000 is the most",
+        ),
+        ({"search": {"trials": 100_000_000}}, "search.trials: must be less than or equal to 10000"),
+        ({"search": {"trials": 8, "parallel": 2}, "stop": "pbt"}, "search.parallel: 2, and stop: pbt trains all"),
+        ({"space": {1: [2]}}, "space.1: unknown key"),
+        ({"schema": 2}, "schema: must be 1"),
+        ({"space": {**SPACE, "data.eval": ["held-out.jsonl", None]}}, "without rows to evaluate on"),
         ({"space": {**SPACE, "publish.name": ["a", "b"]}}, "space.publish.name: cannot vary"),
         ({"stop": {"type": "asha", "quantile": 0.1}}, "stop.quantile: is no key of stop.type asha; it belongs to pbt"),
     ],
@@ -157,6 +193,9 @@ def test_what_cannot_be_swept_is_refused(tmp_path: Path, blocks: dict[str, Any],
 
 
 def test_a_metric_of_evaluation_needs_rows_to_evaluate_on(tmp_path: Path) -> None:
+    for there in ({"data": {"train": "rows.jsonl", "split": {"eval": 0.1}}},
+                  {"data": {"train": "rows.jsonl"}, "run": {"folds": 5, "fold": 1}}):  # fmt: skip
+        assert load(tmp_path, base={**BASE, **there}).config.search.metric == "eval/loss"
     without = {**BASE, "data": {"train": "rows.jsonl"}}
     assert "without rows to evaluate on" in problems(tmp_path, base=without)
     assert load(tmp_path, base=without, search={"metric": "train/loss"}).config.search.metric == "train/loss"

@@ -17,9 +17,10 @@ from service.runs import DRIVER_KILLED, Run, RunStatus
 from service.sweep_config import AshaBlock, Budget, Dimension, NoStopBlock, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune.directory import Sweep, TrialRecord, TrialRun
-from tune.sweep import over_budget, reopen, set_in_trials, trials_at_once
+from tune.sweep import over_budget, reopen, trials_at_once
 from tune.sweep_file import ResolvedSweep
 from tune.table import SweepView, best_so_far, news, seconds_left
+from tune.trial import _came_from, never_stops, set_in_trials
 from tune.trials import EARLY, Trial, Trials, TrialState, trial_state
 
 pytest_plugins = ("tests.s3_endpoint",)
@@ -83,7 +84,7 @@ def test_a_trial_is_read_from_its_runs(home: str) -> None:
     found = Trials(Sweep.open(home, "latest"), sweep.resolved()).look()
     assert [one.state for one in found] == [TrialState.RUNNING, TrialState.WAITING]
     assert found[0].curve == ((0.5, 2.5), (0.75, 2.0))  # of two attempts at a step the later stands
-    assert (found[0].tokens, found[0].step, found[0].run) == (20, 3, second.id)
+    assert (found[0].tokens, found[0].step, found[0].run) == (30, 3, second.id)  # what was read again was read twice
     assert found[0].value == 2.0
     second.set_state(RunState.SUCCEEDED, step=2)
     (finished, _) = Trials(sweep, sweep.resolved()).look()
@@ -132,7 +133,8 @@ def test_a_search_that_goes_on_suggests_what_it_has_not_suggested_yet(home: str)
     from tune import tuner
 
     def suggested(sweep: Sweep, count: int) -> list[float]:
-        search = tuner._search(sweep, resolved, tuner.Queue((), len(sweep.records()) + count), [])
+        first = len(sweep.records()) + 1
+        search = tuner._search(sweep, resolved, tuner.Queue((), range(first, first + count)), [])
         assert search
         return [search.suggest(str(n))["trial"]["draw"]["optim.lr"] for n in range(count)]  # type: ignore[index, misc]
 
@@ -260,6 +262,7 @@ def test_what_an_earlier_driver_did_is_a_line_a_trial_and_not_told_as_if_it_happ
     assert page.getvalue().splitlines() == [
         "before this: trial 1 finished after step 2, 200 tokens, eval/loss 2",
         "before this: trial 2 interrupted after step 1, 100 tokens, eval/loss 2.5",
+        "trial 2 goes on  (run run-2)",
         "trial 2  step 2/10  eval/loss 2.2500",
     ]
 
@@ -297,3 +300,15 @@ def test_a_stopping_rule_gets_the_measurements_and_checkpoints_that_it_needs() -
     assert asha == {"evaluate.every.steps": 7}
     assert pbt == {"evaluate.every.steps": 13, "checkpoint.every.steps": 13, "checkpoint.keep_last": 4}
     assert none == {}
+    often = RunConfig.model_validate({"model": "b", "data": {"train": "a", "eval": "b"}, "evaluate": {"every": {"steps": 50}}})
+    assert [never_stops(sweep, often, 100) for sweep in sweeps.values()] == [None] * 3
+    assert "evaluate.every.steps: 50, and a trial has 50 steps" in str(never_stops(sweeps[AshaBlock()], often, 50))
+    assert never_stops(sweeps[NoStopBlock()], often, 50) is None
+
+
+def test_a_trial_whose_actor_was_killed_does_not_take_the_same_checkpoint_again() -> None:
+    adopted = TrialRun(run="c", draw={}, source="b", source_step=20)
+    record = TrialRecord(number=1, draw={}, runs=(TrialRun(run="a", draw={}), adopted))
+    assert _came_from(record, ("b", 20)) and _came_from(record, ("c", 40))
+    assert not _came_from(record, ("b", 40)) and not _came_from(record, ("d", 20))
+    assert not _came_from(TrialRecord(number=1, draw={}), ("b", 20))

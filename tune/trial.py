@@ -217,9 +217,7 @@ class TrialThread:
         name = f"Trial {record.number} of sweep {self._sweep.id}"
         plain = self._resolved.trial(name, record.newest_draw, {})
         num_steps = self._job.num_steps or make_run_plan(plain, self._settings).num_steps
-        return self._resolved.trial(
-            name, record.newest_draw, set_in_trials(self._resolved, plain.config, num_steps)
-        )
+        return self._resolved.trial(name, record.newest_draw, set_in_trials(self._resolved, plain.config, num_steps))
 
     def _adopt(self, donor: tuple[str, int], asked_at: float) -> Run:
         from service.training.adoption import adopt

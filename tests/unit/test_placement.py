@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from service.config import ScaleBlock, WorkersBlock
+from service.training import placement
 from service.training.placement import GROW_AFTER_LOOKS, Cluster, Growth, room_for, share_of
 
 SMALL, LARGE = {"CPU": 2.0, "memory": 1e9}, {"CPU": 8.0, "memory": 1e9}
@@ -38,6 +39,17 @@ def test_a_worker_gets_its_share_and_no_more_than_can_be_placed(
 def test_an_elastic_run_takes_the_share_that_its_most_workers_would_have() -> None:
     scale = ScaleBlock(workers=WorkersBlock(min=1, max=2))
     assert share_of(Cluster((LARGE,), (LARGE,)), scale) == {"CPU": 4}
+
+
+def test_workers_that_come_to_stand_by_while_a_run_waits_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials on one base: the first one's worker has all the room that the others wait for."""
+    monkeypatch.setattr(placement, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(Cluster, "current", lambda: Cluster((LARGE,), ({"CPU": 0.0},)))
+    monkeypatch.setattr(placement, "_ask_autoscaler", lambda shares: None)
+    looks = iter([None, None, (1, {"CPU": 8.0})])
+    said: list[str] = []
+    found = placement.await_workers(ScaleBlock(workers=1), said.append, lambda: False, standing=lambda: next(looks))
+    assert found == (1, {"CPU": 8.0}) and said
 
 
 def test_the_free_resources_of_two_nodes_do_not_make_one_worker() -> None:

@@ -112,6 +112,23 @@ def test_an_early_stop_that_a_run_did_not_hear_is_asked_for_again(home: str) -> 
     assert str(runs[1].stop_requested()).startswith(EARLY) and runs[0].stop_requested() is None
 
 
+def test_a_measurement_at_the_very_share_of_a_rung_is_judged(home: str) -> None:
+    """0.1 * 3 is a little more than 3 / 10."""
+    from tune import tuner
+    from tune.shared import _Name
+
+    resolved = ResolvedSweep(SweepConfig(stop=AshaBlock(factor=3, grace=0.1)), {}, {"model": "base"}, "")
+    sweep = Sweep.create(home, "tickets", resolved)
+    rule = tuner.scheduler(sweep, resolved, [])
+    for number, value in enumerate((1.0, 1.1, 9.0), start=1):
+        run = Run.create(home, "trial", "", {})
+        run.set_state(RunState.RUNNING)
+        sweep.write_record(TrialRecord(number=number, draw={}, runs=(TrialRun(run=run.id, draw={}),)))
+        rule.on_trial_add(None, _Name(str(number)))
+        rule.on_trial_result(None, _Name(str(number)), {"progress": 3 / 10, "value": value, "replayed": False})
+    assert str(run.stop_requested()).startswith(EARLY)
+
+
 def test_a_grid_that_goes_on_takes_no_other_number_of_trials(home: str) -> None:
     config = SweepConfig(search=SearchBlock(algorithm="grid"))
     sweep = Sweep.create(home, "tickets", ResolvedSweep(config, {}, {"model": "base"}, ""))
@@ -300,7 +317,9 @@ def test_a_stopping_rule_gets_the_measurements_and_checkpoints_that_it_needs() -
     assert asha == {"evaluate.every.steps": 7}
     assert pbt == {"evaluate.every.steps": 13, "checkpoint.every.steps": 13, "checkpoint.keep_last": 4}
     assert none == {}
-    often = RunConfig.model_validate({"model": "b", "data": {"train": "a", "eval": "b"}, "evaluate": {"every": {"steps": 50}}})
+    often = RunConfig.model_validate(
+        {"model": "b", "data": {"train": "a", "eval": "b"}, "evaluate": {"every": {"steps": 50}}}
+    )
     assert [never_stops(sweep, often, 100) for sweep in sweeps.values()] == [None] * 3
     assert "evaluate.every.steps: 50, and a trial has 50 steps" in str(never_stops(sweeps[AshaBlock()], often, 50))
     assert never_stops(sweeps[NoStopBlock()], often, 50) is None

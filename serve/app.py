@@ -33,6 +33,7 @@ from serve.desired import Base, EndpointFiles
 from serve.engine_router import STATS_EVERY_S, EngineRouter
 from serve.gateway import Gateway
 from serve.lines import FULL_LINES, line_rows
+from serve.patience import patiently
 from serve.registration import default_label, from_uri, is_uri, register, registrable
 from serve.replica import EngineReplica
 from serve.routing import Registered
@@ -57,6 +58,7 @@ _PORT_LIMIT_S = 30.0
 _STEP_S = 0.1  # a stream that gets fewer than 10 tokens a second may be cut when the endpoint ends
 _KILL_LIMIT_S = 60.0  # Serve kills what has not ended in time, and says so
 _LOOK_EVERY_S = 0.2
+_STARTS = 1  # what may pass is waited for in the constructor; what is wrong would be wrong again
 _QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _DEPLOY_ERRORS = (RayError, RayServeException, RuntimeError, TimeoutError)
 _log = logging.getLogger(__name__)
@@ -79,16 +81,17 @@ def build(args: Mapping[str, Any] | ServeConfig) -> ray_serve.Application:
     """The application of a serve config. Roots come from the environment; the port is that of the Serve it runs on.
 
     Connects to Ray where that was not done: `serve run` builds before it connects, and what the application may take and
-    where it would listen is in the cluster.
+    where it would listen is in the cluster. Storage or a hub that is away for a moment is waited for (`patience.py`).
     """
     if differing := skew():
         _log.warning(differing)
     config = args if isinstance(args, ServeConfig) else validated(ServeConfig, _typed(args), "arguments")
-    prepared = prepare(config, load_settings())
+    settings = load_settings()
+    prepared = patiently(lambda: prepare(config, settings), "preparing the endpoint")
     if not ray.is_initialized():
         launcher.connect()
     _check_listening(None, prepared.keys)
-    register(prepared.files, prepared.adapters)
+    patiently(lambda: register(prepared.files, prepared.adapters), "registering the adapters")
     return application(prepared)
 
 
@@ -207,7 +210,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
         max_queued_requests=places,
         graceful_shutdown_timeout_s=limit_s,
         graceful_shutdown_wait_loop_s=0.5,
-        max_constructor_retry_count=1,
+        max_constructor_retry_count=_STARTS,
         logging_config=_QUIET,
     )(EngineReplica)
     gateway = ray_serve.deployment(
@@ -218,7 +221,7 @@ def application(prepared: Prepared) -> ray_serve.Application:
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
         graceful_shutdown_timeout_s=limit_s,
         graceful_shutdown_wait_loop_s=0.5,
-        max_constructor_retry_count=1,
+        max_constructor_retry_count=_STARTS,
         logging_config=_QUIET,
     )(Gateway)
     replicas = engine.bind(
@@ -274,6 +277,8 @@ def _adapters(config: ServeConfig, base: Base, registry: Registry, uris: Adapter
                 wanted[label] = from_uri(label, model, None, base, uris)
             else:
                 wanted[label] = registrable(label, model, base, registry)
+        except StorageError:
+            raise  # it may pass, and says nothing of the config
         except LorayError as error:
             problems.append(f"  adapters: {error}")
     if problems:

@@ -29,6 +29,7 @@ from serve.lines import Place
 from serve.openai_api import Ask, Prompt
 from serve.outbox import Batch, Outboxes
 from serve.parts import Part, Started, Taken, part_of
+from serve.patience import patiently
 from serve.prompts import Prompts
 from serve.routing import Target
 from service.base_models import resolve_base_model
@@ -41,21 +42,26 @@ MAX_SCORES = 2**18  # log-probabilities in one answer, of its prompts, and of wh
 
 
 class EngineReplica:
-    """One engine. Its constructor raises what is wrong with base model or config, and nothing is left running."""
+    """One engine. Its constructor raises what is wrong with base model or config, and nothing is left running.
+
+    Storage or a hub that is away for a moment is waited for.
+    """
 
     def __init__(
         self, base: Base, files: EndpointFiles, cache: Path, precision: str, engine: EngineBlock, uris: AdapterUris
     ) -> None:
         from service.render import load_renderer
 
-        model = resolve_base_model(base.source, cache, base.revision, files.home)
+        model = patiently(
+            lambda: resolve_base_model(base.source, cache, base.revision, files.home), "reading the base model"
+        )
         self._renderer = load_renderer(model.path, base.chat_template)
         _check_same(base, model.digest, self._renderer.digest)
         self._engine = make_engine(model.path, self._renderer, precision, engine)
         self._engine.start()
         self._name: str = ray_serve.get_replica_context().replica_tag
         self._adapters = AdapterSync(self._engine, files, base.digest, self._name.replace("#", "-"), cache, uris)
-        self._adapters.start()
+        patiently(self._adapters.start, "reading which adapters are wanted")
         self._outboxes = Outboxes()
         self._schemas = ThreadPoolExecutor(1, "loray-schemas")  # may take seconds each: the other threads read prompts
         self._token_text = functools.cache(lambda token: str(self._renderer.tokenizer.decode([token])))

@@ -51,7 +51,7 @@ class Pods:
     gpus: int
     memory_gib: int
     shared_gib: int
-    cache_gib: int  # of its disk: the base model, and what is made from it
+    cache_gib: int  # of its disk: the base model, what is made from it, and the checkpoint that a run goes on from
 
 
 def size_pods(resolved: ResolvedRun, memory: MemoryPlan, trainable_bytes: int, base_bytes: int) -> Pods:
@@ -60,8 +60,9 @@ def size_pods(resolved: ResolvedRun, memory: MemoryPlan, trainable_bytes: int, b
     kind = "cuda" if kubernetes.gpus else "cpu"
     workers = max(1, kubernetes.gpus)
     needed = (memory.host_bytes if kubernetes.gpus else memory.peak) * _KEPT[kind]
-    if kubernetes.gpus and scale.offload != "none":  # weights and both moments, each worker its share
-        needed += 3 * trainable_bytes / scale.min_workers
+    checkpoint_bytes = 3 * trainable_bytes  # weights and both moments
+    if kubernetes.gpus and scale.offload != "none":  # the same, each worker its share
+        needed += checkpoint_bytes / scale.min_workers
     if kubernetes.gpus and scale.offload == "all":
         needed += base_bytes / scale.min_workers
     shared = _SHARED[kind] * workers
@@ -73,7 +74,7 @@ def size_pods(resolved: ResolvedRun, memory: MemoryPlan, trainable_bytes: int, b
         gpus=kubernetes.gpus,
         memory_gib=math.ceil((_RAY + workers * (needed + _LIBRARIES[kind])) / _GIB) + shared,
         shared_gib=shared,
-        cache_gib=10 + math.ceil(3 * base_bytes / _GIB),
+        cache_gib=10 + math.ceil((3 * base_bytes + checkpoint_bytes) / _GIB),
     )
 
 
@@ -228,3 +229,4 @@ def _size(group: Manifest, kubernetes: KubernetesBlock, pods: Pods) -> None:
         spec["nodeSelector"] = dict(kubernetes.nodes)
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     volumes["shared-memory"]["emptyDir"]["sizeLimit"] = f"{pods.shared_gib}Gi"
+    group["rayStartParams"]["object-store-memory"] = str(pods.shared_gib * _GIB // 2)  # the other half is NCCL's

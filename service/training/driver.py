@@ -21,7 +21,7 @@ from rich.console import Console
 
 from service import launcher, storage
 from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
-from service.domain import DEFAULT_PROJECT, Manifest, ModelRef, RunState
+from service.domain import Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
 from service.runs import Run, check_id, list_runs
@@ -29,7 +29,7 @@ from service.settings import Settings, scratch
 from service.status import beating, is_driven, this_process, told_apart
 from service.training.attempts import train_to_the_end
 from service.training.checkpoint import demand_same
-from service.training.exported import Exported
+from service.training.exported import Exported, StorageAway, project_of
 from service.training.loop import Metrics, TrainJob, TrainResult
 from service.training.patience import Patience
 from service.training.plan import Digests, RunPlan, make_run_plan
@@ -68,7 +68,8 @@ def train_run(
     if resume:
         run.set_resolved(resolved.as_json())  # with what was set on resuming
     attempt = _begin(run, plan)
-    with driven(run):
+    away = StorageAway(run.id, project_of(resolved.config), "driver")
+    with away.showing(), driven(run, away.seen(run.heartbeat)):
         console.print(f"Run {run.id}  ({run.uri})", markup=False, highlight=False, soft_wrap=True)
         _warn_of_short_notice(console)
         job = _job(resolved, settings, run, attempt, plan)
@@ -78,10 +79,10 @@ def train_run(
 
 
 @contextmanager
-def driven(run: Run) -> Iterator[None]:
+def driven(run: Run, heartbeat: Callable[[], None] | None = None) -> Iterator[None]:
     """What a driver does for a run that it has begun: a heartbeat, and what ends it early becomes its last status."""
     try:
-        with beating(run.heartbeat):
+        with beating(heartbeat or run.heartbeat):
             yield
     except BaseException as error:
         _mark_failed(run, error)
@@ -224,16 +225,16 @@ def _source(name: str, plan: RunPlan) -> str:
 def _train(job: TrainJob, run: Run, plan: RunPlan, console: Console, crew: Crew | SharedCrew | None) -> TrainResult:
     launcher.connect()
     stop = StopChannel(run)
-    exported = Exported(run, _project(RunConfig.model_validate(job.config)), plan.num_steps)
-    with stop_on_signal(stop, console), ProgressView(run, plan.num_steps, console) as view:
+    project = project_of(RunConfig.model_validate(job.config))
+    exported = Exported(run, project, plan.num_steps, job.attempt)
+    with (
+        stop_on_signal(stop, console),
+        ProgressView(run, plan.num_steps, console) as view,
+        exported.showing(),
+    ):
         result = train_to_the_end(job, run, stop, view.say, lambda: exported.take(view.poll()), crew)
     stop.deliver()  # a signal too late for this run is one for the run that it is a part of
     return result
-
-
-def _project(config: RunConfig) -> str:
-    """Whose run it is: the project of the model that it publishes."""
-    return ModelRef.parse(config.publish.name).project if config.publish else DEFAULT_PROJECT
 
 
 def _warn_of_short_notice(console: Console) -> None:

@@ -37,6 +37,7 @@ from service.settings import scratch
 from service.training import handover, methods, optim, start_checks, strategy
 from service.training.batches import Batches, make_plan, micro_sequences
 from service.training.checkpoint import Identity
+from service.training.exported import StorageAway, project_of
 from service.training.gate import GateReport
 from service.training.keeper import Keeper
 from service.training.loader import Loader
@@ -105,25 +106,23 @@ def train(
     """
     started = time.monotonic()
     config = RunConfig.model_validate(job.config)
-    run = Patience([job.home], config.checkpoint.retry_s, "opening the run", _unheard).insist(lambda: _open(job, world))
-    log = RankLog(run, world.rank, job.attempt)
-    closing: list[Callable[[], None]] = [log.close]
-    try:
-        session = _Session(job, config, world, run, log, closing, together)
-        result = session.train_steps(report)
-        if result.stopped is None:
-            result = replace(result, gate=session.save_and_check())
-    except BaseException as error:
-        log.failed()
-        _close_quietly(closing, error)
-        raise
-    for close in reversed(closing):
-        close()
+    with StorageAway(job.run_id, project_of(config), str(world.rank)).showing() as away:
+        patience = Patience([job.home], config.checkpoint.retry_s, "opening the run", away.heard)
+        run = patience.insist(lambda: _open(job, world))
+        log = RankLog(run, world.rank, job.attempt)
+        closing: list[Callable[[], None]] = [log.close]
+        try:
+            session = _Session(job, config, world, run, log, away, closing, together)
+            result = session.train_steps(report)
+            if result.stopped is None:
+                result = replace(result, gate=session.save_and_check())
+        except BaseException as error:
+            log.failed()
+            _close_quietly(closing, error)
+            raise
+        for close in reversed(closing):
+            close()
     return replace(result, seconds=time.monotonic() - started)
-
-
-def _unheard(kind: str, text: str) -> None:
-    """Before the run is open, there is no log to tell it to."""
 
 
 def _open(job: TrainJob, world: World) -> Run:
@@ -156,10 +155,11 @@ class _Session:
         world: World,
         run: Run,
         log: RankLog,
+        away: StorageAway,
         closing: list[Callable[[], None]],
         together: Together | None,
     ) -> None:
-        self.job, self.config, self.world, self.run, self.log = job, config, world, run, log
+        self.job, self.config, self.world, self.run, self.log, self.away = job, config, world, run, log, away
         self.together = together
         self.seat: Seat | None = None  # its micro-batches are computed with other runs'
         self.turn: Callable[[], AbstractContextManager[None]] = together.turn if together else nullcontext
@@ -488,6 +488,7 @@ class _Session:
 
     def _event(self, kind: str, text: str) -> None:
         self.log.say(f"{kind}: {text}")
+        self.away.heard(kind, text)  # by every worker: what it has of the events cannot be read while storage is away
         if self.world.rank == 0:
             self.events.append({"time": time.time(), "kind": kind, "text": text})
 

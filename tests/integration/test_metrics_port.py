@@ -8,7 +8,7 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.runs import Run
-from service.training.exported import COUNTERS, GAUGES, Exported
+from service.training.exported import AWAY, COUNTERS, GAUGES, Exported, StorageAway
 from tests.integration.waiting import wait_until
 
 
@@ -26,18 +26,25 @@ def test_a_node_shows_every_figure_of_a_run(ray_cluster: str, tmp_path: Path) ->
     run = Run.create(str(tmp_path), "small", "", {})
     run.heartbeat(attempt=1, workers=2, gpus=2)
     now = 1000.0
-    exported = Exported(run, "support", 40, seconds=lambda: now)
-    exported.take([{"step": 7, "train/tokens_per_s": 123.0}])
-    run.heartbeat(attempt=2)
-    now = 1010.0
-    (tmp_path / "runs" / run.id / "events").mkdir(parents=True)
-    (tmp_path / "runs" / run.id / "events" / "a1-r0-000000.jsonl").write_text("no JSON\n")
-    exported.take([])
+    exported = Exported(run, "support", 40, 1, seconds=lambda: now)
+    away = StorageAway(run.id, "support", "3")
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = {f"ray_{name}" for name in GAUGES} | {f"ray_{name}_total" for name in COUNTERS}
-    wait_until(lambda: wanted <= set(_on_the_port(url, run.id)), "Ray's agent shows them", 60.0, every_s=0.5)
-    shown = _on_the_port(url, run.id)
-    assert shown["ray_loray_train_step"] == 7
-    assert shown["ray_loray_train_gpu_seconds_total"] == 40.0  # two times ten seconds with two GPUs
-    assert shown["ray_loray_train_storage_failures_total"] == 1
+
+    def shows(name: str, value: float) -> None:
+        wait_until(lambda: _on_the_port(url, run.id).get(name) == value, f"{name} is {value:g}", 60.0, every_s=0.5)
+
+    with exported.showing(), away.showing():
+        shows("ray_loray_train_restarts", 0.0)  # before anything has happened
+        shows(f"ray_{AWAY}", 0.0)
+        exported.take([{"step": 7, "train/tokens_per_s": 123.0}])
+        run.heartbeat(attempt=2)
+        now = 1010.0
+        exported.take([])
+        away.heard("storage_away", "reading data")
+        shows(f"ray_{AWAY}", 1.0)
+        shows("ray_loray_train_restarts", 1.0)
+        shows("ray_loray_train_step", 7.0)
+        shows("ray_loray_train_gpu_seconds_total", 40.0)  # two times ten seconds with two GPUs
+        wanted = {f"ray_{name}" for name in (*GAUGES, AWAY)} | {f"ray_{name}_total" for name in COUNTERS}
+        assert wanted <= set(_on_the_port(url, run.id))

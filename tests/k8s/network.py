@@ -48,7 +48,7 @@ def _rule_takes(rule: Manifest, peers: str, here: End, there: End, port: int) ->
     ports = rule.get("ports")
     if ports is not None and not any(p.get("protocol") == "TCP" and p["port"] == port for p in ports):
         return False
-    return any(_peer_takes(peer, here, there) for peer in rule[peers])
+    return peers not in rule or any(_peer_takes(peer, here, there) for peer in rule[peers])
 
 
 def _peer_takes(peer: Manifest, here: End, there: End) -> bool:

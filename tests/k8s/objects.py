@@ -19,7 +19,6 @@ class Pod:
     labels: Mapping[str, str]
     spec: Manifest
     ray: str = ""  # head, worker, or "" for one without Ray
-    autoscaled: bool = False  # the operator adds its autoscaler to this head
 
     @property
     def containers(self) -> list[Manifest]:
@@ -51,6 +50,13 @@ def groups(document: Manifest) -> Iterator[tuple[str, Manifest]]:
         yield group["groupName"], group
 
 
+def gateway_pods(documents: Sequence[Manifest]) -> Iterator[Mapping[str, str]]:
+    """Labels of the proxies that others run in our namespace for the Gateway of an endpoint whose traffic moves step by step."""
+    for service in of_kind(documents, "RayService"):
+        if service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade":
+            yield {"gateway.networking.k8s.io/gateway-name": f"{service['metadata']['name']}-gateway"}
+
+
 def pods(documents: Sequence[Manifest]) -> Iterator[Pod]:
     """Every pod that these documents ask for, one of each kind."""
     for document in documents:
@@ -62,10 +68,9 @@ def pods(documents: Sequence[Manifest]) -> Iterator[Pod]:
 
 
 def _ray_pods(document: Manifest) -> Iterator[Pod]:
-    autoscaled = bool(cluster_spec(document).get("enableInTreeAutoscaling"))
     for name, group in groups(document):
         kind = "head" if name == "headgroup" else "worker"
         added = {"ray.io/is-ray-node": "yes", "ray.io/node-type": kind, "ray.io/group": name}
         template = group["template"]
         labels = {**template.get("metadata", {}).get("labels", {}), **added}
-        yield Pod(f"{called(document)}, {name}", labels, template["spec"], kind, autoscaled and kind == "head")
+        yield Pod(f"{called(document)}, {name}", labels, template["spec"], kind)

@@ -168,6 +168,9 @@ def _deletion(spec: Manifest, *, autoscaled: bool) -> Iterator[str]:
         if policy in after.setdefault(when, {}):
             yield f"two rules to {policy} when {when}"
         after[when][policy] = condition.get("ttlSeconds", 0)
+    ended, settled = after.get("FAILED", {}), after.get("Failed", {})  # a job that is the one is the other too
+    for policy in sorted(policy for policy in ended.keys() & settled.keys() if ended[policy] != settled[policy]):
+        yield f"{policy} {ended[policy]} s after FAILED and {settled[policy]} s after Failed: the sooner rule always wins"
     for when, seconds in after.items():
         ordered = [seconds[policy] for policy in DELETION_ORDER if policy in seconds]
         if ordered != sorted(ordered):

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from tests.k8s.objects import Manifest, Pod, called, cluster_spec, of_kind, pods
+from tests.k8s.objects import Manifest, Pod, called, cluster_spec, gateway_pods, of_kind, pods
 
 Secrets = Mapping[str, set[str]]
 
@@ -137,11 +137,11 @@ def _fault_tolerance(documents: Sequence[Manifest], secrets: Secrets) -> Iterato
 
 def _selectors(documents: Sequence[Manifest]) -> Iterator[str]:
     """Policies and budgets that select nothing protect nothing."""
-    there = list(pods(documents))
+    there = [*(pod.labels for pod in pods(documents)), *gateway_pods(documents)]
     for document in of_kind(documents, "NetworkPolicy", "PodDisruptionBudget"):
         spec = document["spec"]
         selector = spec["podSelector"] if document["kind"] == "NetworkPolicy" else spec["selector"]
-        if not any(matches(selector, pod.labels) for pod in there):
+        if not any(matches(selector, labels) for labels in there):
             yield f"{called(document)} selects no pod"
         if "maxUnavailable" in spec:  # Ray's pods have owners without a scale subresource, whose number nobody can tell
             yield f"{called(document)} counts in maxUnavailable, which allows nothing"

@@ -6,11 +6,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tests.k8s.objects import RAY_KINDS, Manifest, Pod, called, cluster_spec, of_kind, pods
+from tests.k8s.objects import RAY_KINDS, Manifest, Pod, called, cluster_spec, groups, of_kind, pods
 from tests.k8s.references import matches
 
 IMAGE = re.compile(r"[\w./-]+:(?P<tag>[\w.-]+)(@sha256:[0-9a-f]{64})?|[\w./-]+@sha256:[0-9a-f]{64}")
 HOST = ("hostNetwork", "hostPID", "hostIPC")
+ACCOUNT_AT = "/var/run/secrets/kubernetes.io/serviceaccount"
+SAFE_TO_EVICT = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+UNITS = {"Gi": 2**30, "Mi": 2**20}
 
 
 def problems(documents: Sequence[Manifest]) -> list[str]:
@@ -23,11 +26,41 @@ def problems(documents: Sequence[Manifest]) -> list[str]:
         if cluster["headGroupSpec"].get("rayStartParams", {}).get("num-cpus") != "0":
             found.append(f"{called(document)}: the head takes work: set num-cpus to 0")
         if cluster.get("enableInTreeAutoscaling"):
-            options = cluster.get("autoscalerOptions", {})
-            found += [
-                f"{called(document)}, autoscaler: {line}" for line in _context(options.get("securityContext", {}))
-            ]
+            found += [f"{called(document)}, autoscaler: {line}" for line in _autoscaler(cluster)]
+        head = cluster["headGroupSpec"]["template"]["metadata"].get("annotations", {})
+        if document["kind"] == "RayJob" and head.get(SAFE_TO_EVICT) != "false":
+            found.append(f"{called(document)}: the head may be evicted, which costs an attempt")
+        for name, group in groups(document):
+            found += [f"{called(document)}, {name}: {line}" for line in _object_store(group)]
     return found
+
+
+def _autoscaler(cluster: Manifest) -> Iterator[str]:
+    """The operator adds its container to the head."""
+    options = cluster.get("autoscalerOptions", {})
+    yield from _context(options.get("securityContext", {}))
+    mounts = {mount["mountPath"]: mount["name"] for mount in options.get("volumeMounts", ())}
+    if mounts.get(ACCOUNT_AT) not in _tokens(cluster["headGroupSpec"]["template"]["spec"]):
+        yield "has no token to ask the Kubernetes API for pods with"
+
+
+def _tokens(spec: Manifest) -> set[str]:
+    """The volumes with a token of the Kubernetes API."""
+    return {
+        volume["name"]
+        for volume in spec.get("volumes", ())
+        for source in volume.get("projected", {}).get("sources", ())
+        if "serviceAccountToken" in source
+    }
+
+
+def _object_store(group: Manifest) -> Iterator[str]:
+    """Ray takes 30 % of the memory, and a disk where /dev/shm is smaller than that."""
+    given = int(group.get("rayStartParams", {}).get("object-store-memory", 0))
+    volumes = {volume["name"]: volume for volume in group["template"]["spec"].get("volumes", ())}
+    limit = volumes.get("shared-memory", {}).get("emptyDir", {}).get("sizeLimit", "0Gi")
+    if not 0 < given <= int(limit[:-2]) * UNITS[limit[-2:]]:
+        yield f"object-store-memory is {given}, and /dev/shm has {limit}"
 
 
 def _pod(pod: Pod) -> Iterator[str]:
@@ -39,10 +72,12 @@ def _pod(pod: Pod) -> Iterator[str]:
         yield "has no seccomp profile"
     yield from (f"shares the node's {field}" for field in HOST if spec.get(field))
     yield from (f"volume {v['name']} is the node's" for v in spec.get("volumes", ()) if "hostPath" in v)
-    if spec.get("automountServiceAccountToken") is not False and not pod.autoscaled:
+    if spec.get("automountServiceAccountToken") is not False:
         yield "has a token of the Kubernetes API that it does not need"
     for container in pod.containers:
         yield from (f"{container['name']}: {line}" for line in _container(container, pod))
+        if _tokens(spec) & {mount["name"] for mount in container.get("volumeMounts", ())}:
+            yield f"{container['name']}: has a token of the Kubernetes API that it does not need"
 
 
 def _container(container: Manifest, pod: Pod) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import promql_parser
@@ -31,6 +32,14 @@ def test_an_alert_asks_for_what_is_exported_and_says_what_to_do(
     assert rule["labels"]["severity"] in ("critical", "warning")
     assert rule["annotations"]["summary"] and rule["annotations"]["runbook"]
     assert f"{rule['alert']}" in (K8S / "README.md").read_text(), "the README's table has it"
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule["alert"])
+def test_no_alert_asks_how_fast_a_count_of_a_run_grows(rule: dict[str, Any]) -> None:
+    """Ray shows a counter from its first event on, and the next attempt's driver begins another: neither is an increase."""
+    grows = re.findall(r"\b(?:i?rate|i?delta|increase|resets|changes)\(\s*(\w+)", rule["expr"])
+    assert [name for name in grows if name.startswith("ray_")] == []
+    assert not re.search(r"\bray_\w+_total\b", rule["expr"])
 
 
 def test_a_query_that_does_not_parse_would_be_seen() -> None:

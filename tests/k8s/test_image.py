@@ -36,6 +36,12 @@ def test_the_final_stage_has_no_compiler_and_no_root() -> None:
     assert "sudo" not in TEXT
 
 
+def test_the_image_runs_whatever_a_run_or_sweep_file_may_ask_for() -> None:
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    (installed,) = re.findall(r"'\.\[([\w,]+)\]'", BUILD)
+    assert set(installed.split(",")) == extras - {"vllm", "bench", "test"}  # vllm: pins of its own
+
+
 def test_what_is_copied_is_what_is_installed_and_what_recipes_name() -> None:
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
     copied = set(re.findall(r"^COPY (\w+) \w+$", BUILD, flags=re.MULTILINE))

@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from transformers import Qwen2Config
 
 from service import launcher
 from service.config import load_run
-from service.kuberay.manifests import QUEUE_LABEL
+from service.kuberay.manifests import QUEUE_LABEL, size_pods
 from service.runs import Run
+from service.training import methods
+from service.training.memory import MemoryPlan
 from service.versions import ANNOTATION
 from tests.k8s import operator_rules, references, schemas, security
 from tests.k8s.conftest import K8S, ROOT, Build
 from tests.k8s.network import End, allowed
-from tests.k8s.objects import RAY_KINDS, Manifest, Pod, cluster_spec, groups, of_kind, pods
+from tests.k8s.objects import RAY_KINDS, Manifest, Pod, cluster_spec, gateway_pods, groups, of_kind, pods
 
 README = K8S / "README.md"
 # What lies in one cluster together: an overlay, and the runs and clusters that are applied beside it.
+# A namespace of its own, for runs, beside one of these sets.
+TEAM = K8S / "overlays" / "team"
 SETS = {"base": K8S / "base", **{name: K8S / "overlays" / name for name in ("local-cpu", "gpu", "kueue")}}
 DIRECTORIES = sorted(
     file.parent
@@ -41,7 +48,9 @@ def whole(build: Build) -> Whole:
     def documents(name: str) -> list[Manifest]:
         inside = [d for d in DIRECTORIES if d == SETS[name] or SETS[name] in d.parents]
         if name == "base":
-            inside = [d for d in inside if d != K8S / "base" / "serve"]  # the base has it
+            inside = [
+                d for d in inside if d not in (K8S / "base" / "serve", K8S / "base" / "project")
+            ]  # the base has them
         return [document for directory in inside for document in build(directory)]
 
     return documents
@@ -58,7 +67,7 @@ def secrets() -> dict[str, set[str]]:
 
 def test_every_directory_is_looked_at() -> None:
     assert len(DIRECTORIES) >= 11
-    assert all(any(d == s or s in d.parents for s in SETS.values()) for d in DIRECTORIES)
+    assert all(d == TEAM or any(d == s or s in d.parents for s in SETS.values()) for d in DIRECTORIES)
 
 
 @pytest.mark.parametrize("directory", DIRECTORIES, ids=lambda d: str(d.relative_to(K8S)))
@@ -69,7 +78,9 @@ def test_what_kustomize_builds_is_valid_for_kubernetes_and_for_the_operator(
     found = [line for document in documents for line in schemas.problems(document, crds)]
     found += [f"{d['metadata']['name']}: {line}" for d in documents for line in operator_rules.problems(d)]
     assert found == []
-    assert all(d["metadata"].get("namespace") == "loray" for d in documents if d["kind"] not in CLUSTER_WIDE)
+    namespace = "team" if directory == TEAM else "loray"
+    assert all(d["metadata"].get("namespace") == namespace for d in documents if d["kind"] not in CLUSTER_WIDE)
+    assert all(d["metadata"]["name"] == namespace for d in of_kind(documents, "Namespace"))
 
 
 CLUSTER_WIDE = ("Namespace", "PriorityClass", "ResourceFlavor", "ClusterQueue")
@@ -101,6 +112,25 @@ def test_only_the_gateway_is_reachable_from_elsewhere(name: str, whole: Whole) -
             assert not allowed(documents, internet, here, port), (pod.where, port)
         assert allowed(documents, operator, here, 8265) == bool(pod.ray), pod.where
         assert allowed(documents, prometheus, here, 8080) == bool(pod.ray), pod.where
+
+
+def test_the_proxies_of_a_gateway_take_requests_and_reach_the_endpoint(whole: Whole) -> None:
+    documents = whole("gpu")
+    (labels,) = gateway_pods(documents)
+    assert not list(gateway_pods(whole("local-cpu")))
+    proxy, stranger, internet = End(labels), End({"app": "shop"}, namespace="shop"), End({}, address="203.0.113.9")
+    istiod, envoy_gateway = End({"app": "istiod"}, "istio-system"), End({}, "envoy-gateway-system")
+    for source in (stranger, internet):
+        assert all(allowed(documents, source, proxy, port) for port in (80, 10080))
+        assert not allowed(documents, source, proxy, 15000), "Envoy's own administration"
+    assert allowed(documents, proxy, istiod, 15012) and allowed(documents, proxy, envoy_gateway, 18000)
+    assert not allowed(documents, proxy, internet, 443)
+    for pod in pods(documents):
+        assert allowed(documents, proxy, End(pod.labels), 8000) == (pod.labels["loray.io/part"] == "serve"), pod.where
+        assert not allowed(documents, proxy, End(pod.labels), 8265), pod.where
+        assert allowed(documents, envoy_gateway, End(pod.labels), 8000) == allowed(
+            documents, proxy, End(pod.labels), 8000
+        )
 
 
 def _whose(pod: Pod) -> str:
@@ -192,6 +222,38 @@ def test_versions_and_environment_are_those_of_the_code(name: str, whole: Whole)
     assert launcher.RAY_ENVIRONMENT.items() <= environment.items()
     assert environment["LORAY_HOME"].startswith("s3://")
     assert not any(re.search("SECRET|TOKEN|PASSWORD|KEY", key) for key in environment)
+
+
+def test_redis_takes_the_shells_place_and_its_password_is_in_no_argument(build: Build, tmp_path: Path) -> None:
+    """With a server that tells its process, its arguments and what it reads."""
+    (redis,) = (d for d in of_kind(build(K8S / "base"), "StatefulSet") if d["metadata"]["name"] == "redis")
+    server = tmp_path / "valkey-server"
+    server.write_text('#!/bin/sh\necho "$$ $*"\ncat\n')
+    server.chmod(0o755)
+    command = redis["spec"]["template"]["spec"]["containers"][0]["command"]
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDIS_PASSWORD": "secret"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        told, _ = process.communicate(timeout=30)
+    assert told.splitlines() == [f"{process.pid} -", "requirepass secret", "appendonly yes", "dir /data"]
+
+
+def test_the_cache_of_the_full_fine_tuning_holds_base_and_checkpoint(build: Build, tmp_path: Path) -> None:
+    """A worker that comes later fetches the whole checkpoint, float32 weights with both moments."""
+    directory = K8S / "overlays" / "gpu" / "train"
+    resolved = load_run(str(directory / "run.yaml"))
+    model = tmp_path / "Qwen2.5-7B-Instruct"  # by its published config, without weights
+    Qwen2Config(
+        hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064, tie_word_embeddings=False, architectures=["Qwen2ForCausalLM"],
+    ).save_pretrained(model)  # fmt: skip
+    trainable, _ = methods.weight_bytes(methods.skeleton(model, resolved.config), resolved.config)
+    memory = MemoryPlan("cuda", {}, {"train": 0}, 0, 1, 4096, 4096)
+    pods_of_plan = size_pods(resolved, memory, trainable, trainable // 2)  # its files are bfloat16
+    (job,) = of_kind(build(directory), "RayJob")
+    (group,) = cluster_spec(job)["workerGroupSpecs"]
+    (cache,) = (v["emptyDir"] for v in group["template"]["spec"]["volumes"] if v["name"] == "cache")
+    assert 3 * trainable / 2**30 > 80, "the checkpoint alone"
+    assert int(cache["sizeLimit"].removesuffix("Gi")) >= pods_of_plan.cache_gib
 
 
 def test_a_queue_holds_jobs_by_suspend_and_deletes_them_as_the_operator_allows(build: Build) -> None:

@@ -92,6 +92,7 @@ JOB: Mapping[str, tuple[Break, str]] = {
     "a rule with two conditions": (set_at(f"{RULES}.0.condition.jobDeploymentStatus", "Failed"), "not one of jobStatus"),
     "a rule that stands twice": (set_at(f"{RULES}.1.policy", "DeleteCluster"), "two rules to DeleteCluster when SUCCEEDED"),
     "workers deleted after their cluster": (lambda d: d["spec"]["deletionStrategy"]["deletionRules"].append(DELETE_WORKERS_LATE), "not deleted in this order: [61, 60"),
+    "a failed job kept for two times": (set_at(f"{RULES}.6.condition.ttlSeconds", 300), "DeleteCluster 3600 s after FAILED and 300 s after Failed"),
     "a variable in the entrypoint": (set_at("spec.entrypoint", "python -m jobs.train $RUN"), "entrypoint has $"),
     "a command in the runtime environment": (set_at("spec.runtimeEnvYAML", "env_vars: {A: `id`}"), "runtimeEnvYAML has `"),
 }  # fmt: skip
@@ -201,6 +202,9 @@ UNFIT: Mapping[str, tuple[Break, str]] = {
     "no shared memory": (set_at(f"{GROUP}.template.spec.volumes.3", {"name": "shared-memory", "emptyDir": {}}), "no shared memory"),
     "no place to write": (set_at(f"{WORKER}.volumeMounts.0.mountPath", "/data"), "cannot write where"),
     "no way to leave": (without(f"{WORKER}.lifecycle"), "does not leave the cluster in order"),
+    "an object store larger than its memory": (set_at(f"{GROUP}.rayStartParams.object-store-memory", "2147483649"), "object-store-memory is 2147483649, and /dev/shm has 2Gi"),
+    "an object store of any size": (without(f"{HEAD}.rayStartParams.object-store-memory"), "object-store-memory is 0"),
+    "a head that may be evicted": (set_at(f"{HEAD}.template.metadata.annotations", {}), "the head may be evicted"),
     "no time to leave": (set_at(f"{GROUP}.template.spec.terminationGracePeriodSeconds", 120), "killed while it is still leaving"),
 }  # fmt: skip
 
@@ -210,6 +214,26 @@ def test_what_a_ray_node_lacks_is_told(rule: str, build: Build) -> None:
     change, expected = UNFIT[rule]
     documents = [*build(K8S / "base"), *build(K8S / "base" / "train")]
     broken = [_broken(d, change) if d["kind"] == "RayJob" else d for d in documents]
+    assert security.problems(documents) == []
+    assert expected in "\n".join(security.problems(broken))
+
+
+SERVE_HEAD = "spec.rayClusterConfig.headGroupSpec.template.spec"
+TOKEN_MOUNT = {"name": "api-token", "mountPath": "/token"}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (set_at(f"{SERVE_HEAD}.automountServiceAccountToken", True), "has a token of the Kubernetes API that it does not need"),
+        (set_at(f"{SERVE_HEAD}.containers.0.volumeMounts.0", TOKEN_MOUNT), "ray-head: has a token of the Kubernetes API"),
+        (without("spec.rayClusterConfig.autoscalerOptions.volumeMounts"), "autoscaler: has no token"),
+        (without("spec.rayClusterConfig.autoscalerOptions.securityContext"), "autoscaler: may gain privileges"),
+    ],
+)  # fmt: skip
+def test_a_token_is_the_autoscalers_alone(change: Break, expected: str, build: Build) -> None:
+    documents = build(K8S / "overlays" / "gpu")
+    broken = [_broken(d, change) if d["kind"] == "RayService" else d for d in documents]
     assert security.problems(documents) == []
     assert expected in "\n".join(security.problems(broken))
 
@@ -240,6 +264,7 @@ def test_pods_without_a_policy_are_told_and_are_open(build: Build) -> None:
         ("PodDisruptionBudget", set_at("spec.selector.matchLabels", {"loray.io/part": "x"}), "engines selects no pod"),
         ("PodDisruptionBudget", set_at("spec.maxUnavailable", 1), "maxUnavailable, which allows nothing"),
         ("ServiceMonitor", set_at("spec.endpoints.0.port", "http"), "heads have no port http"),
+        ("RayService", set_at("spec.upgradeStrategy.type", "NewCluster"), "loray-gateway selects no pod"),
         ("LocalQueue", set_at("spec.clusterQueue", "all"), "no ClusterQueue all"),
         ("ClusterQueue", set_at("spec.resourceGroups.0.flavors.0.name", "tpu"), "no ResourceFlavor tpu"),
     ],

@@ -20,10 +20,12 @@ from service.kuberay.manifests import Manifest, Pods, as_yaml, job_name, manifes
 from service.runs import Run
 from service.training.memory import MemoryPlan
 from tests.integration.small_runs import small_base, write_run_file
-from tests.k8s import operator_rules, schemas, security
+from tests.k8s import operator_rules, references, schemas, security
 from tests.k8s.conftest import K8S, Build
 from tests.k8s.kubernetes_api import FakeApi, serving
+from tests.k8s.network import End, allowed
 from tests.k8s.objects import cluster_spec, of_kind
+from tests.k8s.objects import pods as pods_of
 
 RUN_ID = "20261127-101500-tickets.v2-0a1b"
 GIB = 2**30
@@ -79,11 +81,26 @@ def test_sizes_places_and_image_are_the_run_files(tmp_path: Path) -> None:
     )
     assert (group["minReplicas"], group["replicas"], group["maxReplicas"]) == (1, 1, 2)
     assert pod["containers"][0]["resources"]["limits"] == {"cpu": "64", "memory": "200Gi", "nvidia.com/gpu": "8"}
+    assert group["rayStartParams"]["object-store-memory"] == str(32 * GIB), "half of /dev/shm"
     assert pod["nodeSelector"] == {"zone": "a"}
     assert {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"} in pod["tolerations"]
     assert pod["containers"][0]["image"] == "registry/loray:1"
     head = cluster_spec(job)["headGroupSpec"]["template"]["spec"]
     assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+
+
+def test_a_run_in_a_namespace_of_its_own_finds_all_it_names_there(tmp_path: Path, build: Build) -> None:
+    run = list(rendered(resolved(tmp_path, kubernetes={"namespace": "team"})).values())
+    classes = of_kind(build(K8S / "base"), "PriorityClass")  # of the whole cluster
+    documents = [*build(K8S / "overlays" / "team"), *classes, *run]
+    secrets = {"loray-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}, "loray-hub": {"token"}}
+    assert references.problems(documents, secrets) == []
+    assert security.problems(documents) == []
+    head, worker = (End(pod.labels, "team") for pod in pods_of(run))
+    assert allowed(documents, head, worker, 43210)
+    assert allowed(documents, head, End({}, address="52.216.0.1"), 443)
+    assert allowed(documents, End({}, "kuberay-system"), head, 8265)
+    assert not allowed(documents, End({}, "loray"), head, 8265)
 
 
 def test_a_queue_makes_the_job_wait_as_the_operator_allows(tmp_path: Path) -> None:
@@ -156,6 +173,8 @@ def test_pods_hold_as_many_workers_as_gpus_and_the_memory_of_the_plan(tmp_path: 
     assert (pods.least, pods.most, pods.workers, pods.cpus) == (1, 3, 8, 32)
     assert pods.memory_gib == 1 + 8 * (10 + 3) + pods.shared_gib
     assert pods.cache_gib == 10 + 3 * 14
+    full = size_pods(run, ON_GPU, trainable_bytes=28 * GIB, base_bytes=14 * GIB)
+    assert full.cache_gib == 10 + 3 * 14 + 3 * 28, "a node fetches the whole checkpoint"
     run = resolved(tmp_path, kubernetes={"gpus": 8}, scale={"workers": 8, "strategy": "zero3", "offload": "optimizer"})
     offloaded = size_pods(run, ON_GPU, trainable_bytes=80 * GIB, base_bytes=14 * GIB)
     assert offloaded.memory_gib == 1 + 8 * (10 + 3 * 80 // 8 + 3) + offloaded.shared_gib

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.desired import AdapterReport, ReplicaReport
 from serve.metrics import Metrics
 from serve.parts import Part, Started
-from service.training.exported import COUNTERS, GAUGES, LABELS
+from service.training.exported import AWAY, AWAY_LABELS, COUNTERS, GAUGES, LABELS
 
 FILE = Path(__file__).resolve().parents[2] / "k8s" / "components" / "monitoring" / "grafana-dashboard.json"
 DASHBOARD: dict[str, Any] = json.loads(FILE.read_text())
@@ -26,7 +26,11 @@ QUERIES = [target["expr"] for panel in PANELS for target in panel.get("targets",
 
 
 # As Ray shows a run's figures: tests/integration/test_metrics_port.py sees these very names on a node.
-TRAINING = {f"ray_{name}": set(LABELS) for name in GAUGES} | {f"ray_{name}_total": set(LABELS) for name in COUNTERS}
+TRAINING = {
+    **{f"ray_{name}": set(LABELS) for name in GAUGES},
+    **{f"ray_{name}_total": set(LABELS) for name in COUNTERS},
+    f"ray_{AWAY}": set(AWAY_LABELS),
+}
 
 
 class Stream:

@@ -125,7 +125,9 @@ def test_a_measurement_at_the_very_share_of_a_rung_is_judged(home: str) -> None:
         run.set_state(RunState.RUNNING)
         sweep.write_record(TrialRecord(number=number, draw={}, runs=(TrialRun(run=run.id, draw={}),)))
         rule.on_trial_add(None, _Name(str(number)))
-        rule.on_trial_result(None, _Name(str(number)), {"progress": 3 / 10, "value": value, "replayed": False})
+        for progress, measured in ((0.1, 1.0 / number), (3 / 10, value)):
+            result = {"progress": progress, "value": measured, "replayed": False}
+            rule.on_trial_result(None, _Name(str(number)), result)
     assert str(run.stop_requested()).startswith(EARLY)
 
 

@@ -4,8 +4,9 @@
     python -m jobs.sweep --resume SWEEP [--set search.budget.tokens=1000000 ...]
     python -m jobs.sweep sweep.yaml --sweep-id-file FILE
 
-The last one goes on with the sweep of that id where it has begun before, as the second attempt of a RayJob does. What a bare `ray job submit` runs. Exits with 0 when the sweep ended or was stopped as asked, 1 when it failed, 2 when its
-input was wrong: then there is no sweep. The work is `tune/sweep.py`.
+What a bare `ray job submit` runs and, in the third form, what a RayJob's every attempt runs: it begins the sweep that the
+file names, or goes on with it. Exits with 0 when the sweep ended or was stopped as asked, 1 when it failed, 2 when its input
+was wrong: then there is no sweep, 130 when a second Ctrl-C gave up waiting. The work is `tune/sweep.py`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from service.domain import RunState
 from service.errors import LorayError
 from service.settings import load_settings
 from service.versions import skew
+
+GIVEN_UP = 130  # what shells say of Ctrl-C
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = "\n".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"])
         console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
         return 2 if isinstance(error, ValueError | LookupError) else 1
+    except KeyboardInterrupt:  # the second one: whoever heard the first has said how to go on
+        return GIVEN_UP
     return 0
 
 

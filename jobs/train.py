@@ -6,7 +6,7 @@
 
 What `loray train` submits to a cluster, what a bare `ray job submit` runs, and, in the third form, what a RayJob's every
 attempt runs: it begins the run that the file names, or goes on with it. Exits with 0 when the run succeeded or was
-stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run. The work is `training/driver.py`;
+stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run, 130 when a second Ctrl-C gave up. The work is `training/driver.py`;
 of several trainings as one run, `training/repeats.py`.
 """
 
@@ -25,6 +25,8 @@ from service.errors import LorayError
 from service.launcher import NO_WAIT
 from service.settings import load_settings
 from service.versions import skew
+
+GIVEN_UP = 130  # what shells say of Ctrl-C
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -82,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = "\n".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"])
         console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
         return 2 if isinstance(error, ValueError | LookupError) else 1
+    except KeyboardInterrupt:  # the second one: whoever heard the first has said how to go on
+        return GIVEN_UP
     return 0
 
 

@@ -205,7 +205,8 @@ def one_of(home: str, id_or_latest: str, kind: str = "runs") -> str:
     nearest = difflib.get_close_matches(id_or_latest, ids, n=1, cutoff=0.3)
     hint = f"the nearest is {nearest[0]}" if nearest else f"{len(ids)} {kind} are there"
     one = kind.removesuffix("s")
-    raise NotFoundError(f"No {one} {id_or_latest!r} below {home}: {hint}. List them with `loray {kind} list`.")
+    command = {"runs": "runs", "sweeps": "sweep"}[kind]
+    raise NotFoundError(f"No {one} {id_or_latest!r} below {home}: {hint}. List them with `loray {command} list`.")
 
 
 def _next_time(ids: list[str], now: datetime) -> str:

@@ -106,7 +106,7 @@ def test_show_ranks_the_trials_and_says_why_one_ended_early(loray: Loray, home: 
 def test_a_sweep_that_is_not_there_is_told_with_the_nearest(loray: Loray, home: str) -> None:
     sweep = swept(home, RunState.SUCCEEDED)
     done = loray("sweep", "show", sweep.id[:-1])
-    assert done.code != 0 and sweep.id in done.err
+    assert done.code != 0 and f"the nearest is {sweep.id}. List them with `loray sweep list`" in done.err
 
 
 def test_only_a_running_sweep_is_asked_to_stop(loray: Loray, home: str) -> None:

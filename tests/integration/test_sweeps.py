@@ -265,6 +265,34 @@ def test_trials_on_one_copy_of_the_base_are_runs_like_others_and_a_stopped_one_m
     assert sweep.status().details["model"] == "small@1"
 
 
+@pytest.mark.longer
+@pytest.mark.long
+def test_trials_on_one_base_go_on_after_their_worker_was_killed_and_after_ctrl_c(
+    place: Place, sweep_file: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path, {"optim.lr": [1e-2, 5e-3]}, search="grid", stop="none")
+    with sweeping(place, str(file), "--set", "search.share_base=true") as (sweep, driver):
+        runs = _runs_with_checkpoints(place, 2)
+        (pid,) = {event["text"].split("process ")[1] for trial in look(sweep) for event in _worker_events(place, trial)}
+        os.kill(int(pid), signal.SIGKILL)
+        wait_until(lambda: all(run.status().details.get("attempt") == 2 for run in runs), "both have lost their worker")
+        wait_until(lambda: all(any(e["kind"] == "resumed" for e in run.events()) for run in runs), "and go on")
+        driver.send_signal(signal.SIGINT)
+        output = driver.communicate(timeout=DEADLINE_S)[0]
+    assert driver.returncode == 0 and f"Go on: loray sweep --resume {sweep.id}" in output, output[-3000:]
+    swept(place, "--resume", sweep.id)
+    assert states(sweep) == [TrialState.FINISHED, TrialState.FINISHED]
+    assert [run.id for run in list_runs(place.settings.home)] == [run.id for run in runs]
+    for run in runs:
+        place.loray("runs", "ledger", run.id, "--check")
+
+
+def _runs_with_checkpoints(place: Place, count: int) -> list[Run]:
+    home = place.settings.home
+    wait_until(lambda: len([run for run in list_runs(home) if checkpoints(run)]) == count, f"{count} have checkpoints")
+    return list_runs(home)
+
+
 def _worker_events(place: Place, trial: Trial) -> list[dict[str, Any]]:
     events = Run(place.settings.home, str(trial.run)).events()
     return [event for event in events if event["kind"] == "worker"]

@@ -45,7 +45,7 @@ MODELS = {
 METHODS = {
     "full": [("full", "zero3")],
     "LoRA": [("lora", "ddp"), ("lora", "zero3")],
-    "QLoRA": [("qlora", "ddp"), ("qlora", "zero3")],
+    "QLoRA": [("qlora", "ddp")],  # under zero3 each GPU has the whole base in the backward pass
 }
 
 
@@ -88,7 +88,13 @@ def main() -> int:
 def line(model: str, method: str, gpu_bytes: float, tokens: int) -> str:
     """A line of the first table."""
     row = smallest(model, method, gpu_bytes, tokens)
-    return as_markdown(row) if row else f"| {model} | {method} | refused | | | | | |"
+    if row:
+        return as_markdown(row)
+    kind, strategy = METHODS[method][-1]
+    with _saved(model, MODELS[model]["num_hidden_layers"]) as base:
+        config = next(_configs(kind, strategy, tokens))
+        _, frozen = methods.weight_bytes(methods.skeleton(base, config), config)
+    return f"| {model} | {method}, {strategy} | no GPU holds its base of {_size(frozen)} |  |  |  |  |  |"
 
 
 def smallest(model: str, method: str, gpu_bytes: float, tokens: int) -> Row | None:

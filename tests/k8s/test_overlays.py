@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from transformers import Qwen2Config
 
+from serve.api_keys import key_for, load_keys
 from service import launcher
 from service.config import load_run
 from service.kuberay.manifests import QUEUE_LABEL, size_pods
@@ -63,6 +65,27 @@ def secrets() -> dict[str, set[str]]:
     for command in re.findall(r"create secret generic (.*?)(?:\n\n|\n[a-z]|```)", README.read_text(), flags=re.DOTALL):
         made[command.split()[0]] = set(re.findall(r"--from-(?:literal|file)=([\w.]+)=", command))
     return made
+
+
+KUBECTL_THAT_KEEPS_FILES = """#!/bin/bash
+for argument in "$@"; do [[ $argument == --from-file=keys.yaml=* ]] && cat "${argument#*yaml=}" >keys.yaml; done
+echo "$@" >>commands
+"""
+
+
+def test_the_keys_of_the_readmes_commands_are_keys_that_the_endpoint_takes(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    lines = "\n".join(block[block.index("loray keys new") :] for block in blocks if "loray keys new" in block)
+    (tmp_path / "kubectl").write_text(KUBECTL_THAT_KEEPS_FILES)
+    (tmp_path / "kubectl").chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = f"set -euo pipefail\n{lines}\necho $KEY $METRICS_KEY >secrets"
+    subprocess.run(["bash", "-c", script], cwd=tmp_path, env={**os.environ, "PATH": path}, check=True)
+    keys = load_keys({}, str(tmp_path / "keys.yaml"))
+    admin, metrics = (key_for(f"Bearer {secret}", keys) for secret in (tmp_path / "secrets").read_text().split())
+    assert admin and metrics and admin.may("admin")
+    assert metrics.may("infer") and not metrics.may("admin")
+    assert "loray-metrics-key --from-literal=secret=" in (tmp_path / "commands").read_text()
 
 
 def test_every_directory_is_looked_at() -> None:
@@ -118,6 +141,7 @@ def test_the_proxies_of_a_gateway_take_requests_and_reach_the_endpoint(whole: Wh
     documents = whole("gpu")
     (labels,) = gateway_pods(documents)
     assert not list(gateway_pods(whole("local-cpu")))
+    assert all(f"get gateway {name} " in README.read_text() for name in labels.values())
     proxy, stranger, internet = End(labels), End({"app": "shop"}, namespace="shop"), End({}, address="203.0.113.9")
     istiod, envoy_gateway = End({"app": "istiod"}, "istio-system"), End({}, "envoy-gateway-system")
     for source in (stranger, internet):

@@ -95,6 +95,8 @@ def test_a_run_in_a_namespace_of_its_own_finds_all_it_names_there(tmp_path: Path
     documents = [*build(K8S / "overlays" / "team"), *classes, *run]
     secrets = {"loray-s3": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}, "loray-hub": {"token"}}
     assert references.problems(documents, secrets) == []
+    groups = [of_kind(build(K8S / d), "RoleBinding")[0]["subjects"][0]["name"] for d in ("base", "overlays/team")]
+    assert groups == ["loray-users", "team-users"], "a team may create RayJobs in its namespace only"
     assert security.problems(documents) == []
     head, worker = (End(pod.labels, "team") for pod in pods_of(run))
     assert allowed(documents, head, worker, 43210)

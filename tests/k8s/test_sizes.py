@@ -18,6 +18,12 @@ def test_what_a_gpu_serves_is_what_the_readme_says(model: str) -> None:
         assert line in README
 
 
+def test_a_model_that_no_gpu_holds_has_its_line_too() -> None:
+    line = sizing.line("405B", "QLoRA", GPU_BYTES, TOKENS)
+    assert "QLoRA, ddp | no GPU holds its base of " in line
+    assert line in README
+
+
 @pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the README's figures are of rehearsals on a CPU")
 @pytest.mark.parametrize("method", sizing.METHODS)

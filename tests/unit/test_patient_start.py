@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import Mock
 
 import pytest
 
@@ -127,6 +128,23 @@ def test_an_engine_waits_for_its_base_model_and_not_for_a_wrong_one(
     loader = Loader(StorageError("away"), StorageError("away"), ConfigError("wrong"))
     monkeypatch.setattr(replica, "resolve_base_model", loader)
     base, files = Base("name", "s3://bucket/base", None, None, "d", "r"), EndpointFiles(str(tmp_path), "default")
+    with pytest.raises(ConfigError):
+        replica.EngineReplica(base, files, tmp_path, "fp32", EngineBlock(), AdapterUris())
+    assert loader.calls == 3
+
+
+def test_an_engine_waits_for_what_is_to_be_served_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serve import replica
+    from serve.adapter_uris import AdapterUris
+    from service.config import EngineBlock
+
+    loader = Loader(StorageError("away"), StorageError("away"), ConfigError("wrong"))
+    monkeypatch.setattr(replica, "resolve_base_model", lambda *_: Mock(digest="d"))
+    monkeypatch.setattr("service.render.load_renderer", lambda *_: Mock(digest="r"))
+    monkeypatch.setattr(replica, "make_engine", lambda *_: Mock(num_slots=1, max_columns=8, max_rank=8))
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: Mock(replica_tag="engine#1"))
+    monkeypatch.setattr("serve.adapter_sync.AdapterSync.start", loader)
+    base, files = Base("name", "source", None, None, "d", "r"), EndpointFiles(str(tmp_path), "default")
     with pytest.raises(ConfigError):
         replica.EngineReplica(base, files, tmp_path, "fp32", EngineBlock(), AdapterUris())
     assert loader.calls == 3

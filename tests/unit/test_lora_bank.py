@@ -47,11 +47,18 @@ class _Joining(Ways):
         return True
 
 
+class _Apart(Ways):
+    """Never joins, also where that would pay just now."""
+
+    def joins(self, weight_OI: torch.Tensor, num_columns: int) -> bool:
+        return False
+
+
 def _bank(
     max_columns: int, dtype: torch.dtype = torch.float32, *, joined: bool = False
 ) -> tuple[LoraBank, LlamaForCausalLM]:
     model = _model(dtype)
-    return LoraBank(model, max_columns, GROUPS, _Joining(rows=4) if joined else None), model
+    return LoraBank(model, max_columns, GROUPS, (_Joining if joined else _Apart)(rows=4)), model
 
 
 def _adapter(

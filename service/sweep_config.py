@@ -38,7 +38,14 @@ METRICS = (
     ),
 )
 # What population-based training may change in the middle of a run: no shape, and nothing that the order of rows follows from.
-STEPS = ("model", "data", "optim.batch", "optim.epochs", "optim.max_steps", "run")  # what the number of steps depends on
+STEPS = (
+    "model",
+    "data",
+    "optim.batch",
+    "optim.epochs",
+    "optim.max_steps",
+    "run",
+)  # what the number of steps depends on
 LIVE = ("optim.lr", "optim.weight_decay", "optim.clip", "method.dropout")
 # What may differ among trials that share one copy of the base.
 SHARING = ("optim.lr", "method.r", "method.alpha")

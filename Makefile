@@ -25,6 +25,8 @@ test: setup
 test-long: setup
 	$(BIN)/python -m pytest -m "long and not longer" --ignore tests/integration/test_readme.py --ignore tests/integration/test_nodes.py
 	$(BIN)/python -m pytest -m "long and not longer" tests/integration/test_nodes.py
+	$(BIN)/python -m pytest -k rayjobs_entrypoint tests/integration/test_nodes.py
+	$(BIN)/python -m pytest tests/integration/test_upgrades.py
 	$(BIN)/python -m pytest -m long tests/integration/test_readme.py
 
 test-longer: setup

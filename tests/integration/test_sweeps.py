@@ -82,7 +82,6 @@ def newest_run_has_a_checkpoint(place: Place, num_runs: int) -> bool:
     return len(runs) == num_runs and bool(checkpoints(runs[-1]))
 
 
-@pytest.mark.longer
 @pytest.mark.long
 def test_a_sweep_goes_on_after_its_driver_was_killed_and_after_ctrl_c_and_never_repeats_a_trial(
     place: Place, sweep_file: Path

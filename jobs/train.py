@@ -6,8 +6,8 @@
 
 What `loray train` submits to a cluster, what a bare `ray job submit` runs, and, in the third form, what a RayJob's every
 attempt runs: it begins the run that the file names, or goes on with it. Exits with 0 when the run succeeded or was
-stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run, 130 when a second Ctrl-C gave up. The work is `training/driver.py`;
-of several trainings as one run, `training/repeats.py`.
+stopped as asked, 1 when it failed, 2 when its input was wrong: then there is no run, 130 when a second Ctrl-C gave up
+waiting. The work is `training/driver.py`; of several trainings as one run, `training/repeats.py`.
 """
 
 from __future__ import annotations

@@ -75,14 +75,15 @@ def _meeting(space: Space, key: str) -> Draw:
     found: Draw = {}
     for other, wanted in space[key].when.items():
         if (drawn := space.get(other)) and not drawn.ratio_of:
-            low, high = drawn.ends or (1, 0)
-            wants = wanted if isinstance(wanted, list) else [wanted]
-            possible = [
-                want for want in wants
-                if want in (drawn.choose or ()) or (isinstance(want, int | float) and low <= want <= high)
-            ]  # fmt: skip
+            possible = [want for want in (wanted if isinstance(wanted, list) else [wanted]) if may_be(drawn, want)]
             found |= _meeting(space, other) | ({other: possible[0]} if possible else {})
     return found
+
+
+def may_be(dimension: Dimension, value: Any) -> bool:
+    """Whether a value is one of those that are drawn."""
+    low, high = dimension.ends or (1, 0)
+    return value in (dimension.choose or ()) or (isinstance(value, int | float) and low <= value <= high)
 
 
 def takes_numbers(key: str) -> bool:

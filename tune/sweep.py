@@ -221,7 +221,7 @@ def _tried(
                 from tune.shared import run_trials_together as run_trials
             else:
                 from tune.tuner import run_trials
-            new = range(1 + max((record.number for record in sweep.records()), default=0), most + 1)
+            new = range(1 + max((trial.number for trial in trials), default=0), most + 1)
             run_trials(sweep, resolved, job, Queue(waiting, new), ended, parallel, tick)
         tick.last()
     sweep.insist(lambda: sweep.heartbeat(seconds=spent_s + tick.elapsed_s))

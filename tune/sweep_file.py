@@ -242,12 +242,12 @@ def _never(key: str, dimension: Dimension, space: spaces.Space, base: Mapping[st
         drawn = space.get(other)
         if drawn is None or drawn.ratio_of:
             continue
-        values, (low, high) = list(drawn.choose or ()), drawn.ends or (1, 0)
+        values = list(drawn.choose or ())
         if drawn.when and (kept := value_at(base, other)) not in values:  # where its own condition does not hold
             values.append(kept)
         wants = wanted if isinstance(wanted, list) else [wanted]
-        if not any(want in values or (isinstance(want, int | float) and low <= want <= high) for want in wants):
-            seen = " or ".join(map(str, values)) if drawn.choose else f"from {low:g} to {high:g}"
+        if not any(want in values or spaces.may_be(drawn, want) for want in wants):
+            seen = "from {:g} to {:g}".format(*drawn.ends) if drawn.ends else " or ".join(map(str, values))
             yield f"space.{key}.when: {other} is {seen}, never {wanted}, so {key} is never searched. Mend one of the two."
 
 

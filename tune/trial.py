@@ -90,7 +90,7 @@ class TrialThread:
         self._unread: list[tuple[str, dict[str, Any]]] = []
         self._look_for_stop_at = 0.0
         self._failure: BaseException | None = None
-        self._asked_before: str | None = None
+        self._decided: str | None = None  # by a stopping rule, of the run before it went on
         self._thread = threading.Thread(target=self._train, name=f"trial-{number}", daemon=True)
         self._thread.start()
 
@@ -134,9 +134,7 @@ class TrialThread:
         if time.monotonic() < self._look_for_stop_at or self._run is None:
             return
         self._look_for_stop_at = time.monotonic() + LOOK_FOR_STOP_EVERY_S
-        reason = self._sweep.stop_requested()
-        if self._asked_before and self._asked_before.startswith(EARLY):  # a rule had decided, which begins no new road
-            reason = self._asked_before
+        reason = self._decided or self._sweep.stop_requested()
         if reason and self._run.status().state is RunState.RUNNING:
             self._run.propose_stop(reason)
 
@@ -190,7 +188,8 @@ class TrialThread:
         if existing and trial_state("", existing.status()) in ENDED:
             self._run = run
             return
-        self._asked_before = existing.stop_requested() if existing else None
+        asked_before = existing.stop_requested() if existing else None
+        self._decided = asked_before if asked_before and asked_before.startswith(EARLY) else None
         resumed = _reopened(existing) if existing else None
         config = self._config_of(self._record)
         watch = threading.Thread(target=self._await_run, args=(run,), name="await-run", daemon=True)

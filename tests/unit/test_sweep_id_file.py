@@ -27,10 +27,9 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A sweep file and the file of its id, as they lie in a pod."""
     monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
     (tmp_path / "run.yaml").write_text(SMALL)
-    block = {"base": "run.yaml", "space": {"optim.lr": [1e-4, 1e-3]}, "search": {"algorithm": "grid"}, "stop": "none"}
-    (tmp_path / "sweep.yaml").write_text(
-        yaml.safe_dump({**block, "search": {"algorithm": "grid", "metric": "train/loss"}})
-    )
+    block = {"base": "run.yaml", "space": {"optim.lr": [1e-4, 1e-3]}, "stop": "none"}
+    search = {"algorithm": "grid", "metric": "train/loss"}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({**block, "search": search}))
     (tmp_path / "sweep-id").write_text(f"{ID}\n")
     return [str(tmp_path / "sweep.yaml"), "--sweep-id-file", str(tmp_path / "sweep-id")]
 

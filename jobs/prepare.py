@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from jobs.ending import exit_code
 from service.config import load_run
 from service.errors import LorayError
 from service.settings import load_settings
@@ -32,9 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         prepared = prepare_for(config, settings)
     except LorayError as error:
-        line = f"{type(error).__name__}: {error}"
-        Console(width=160).print(line, markup=False, highlight=False, soft_wrap=True, style="red")
-        return 2 if isinstance(error, ValueError | LookupError) else 1
+        return exit_code(error, Console(width=160))
     print(json.dumps(prepared.as_json()))
     return 0
 

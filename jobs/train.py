@@ -19,14 +19,13 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from jobs.ending import exit_code
 from service.config import load_run, read_text, run_from_json
 from service.domain import RunState
 from service.errors import LorayError
 from service.launcher import NO_WAIT
 from service.settings import load_settings
 from service.versions import skew
-
-GIVEN_UP = 130  # what shells say of Ctrl-C
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,12 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             resolved, settings, console,
             resume=resume, run_id=given.run_id, profile=given.profile, asked_at=given.asked_at,
         )  # fmt: skip
-    except LorayError as error:
-        line = "\n".join([*getattr(error, "__notes__", []), f"{type(error).__name__}: {error}"])
-        console.print(line, markup=False, highlight=False, soft_wrap=True, style="red")
-        return 2 if isinstance(error, ValueError | LookupError) else 1
-    except KeyboardInterrupt:  # the second one: whoever heard the first has said how to go on
-        return GIVEN_UP
+    except (LorayError, KeyboardInterrupt) as error:
+        return exit_code(error, console)
     return 0
 
 

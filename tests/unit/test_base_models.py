@@ -34,6 +34,18 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
 resolve_base_model(sys.argv[1], Path(sys.argv[2]))
 """
 
+# One of two processes that train together, each on a node of its own.
+_IN_A_GROUP = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from service.base_models import BUNDLED, resolve_base_model
+rank, store, cache = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+print(resolve_base_model(next(iter(BUNDLED)), cache).digest)
+dist.barrier()
+"""
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -253,3 +265,18 @@ def test_a_fetch_that_fails_leaves_nothing(base: Path, cache: Path, s3_home: str
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert list((cache / "base_models").iterdir()) == []
+
+
+def test_every_node_of_a_run_converts_the_bundled_model_for_itself(tmp_path: Path) -> None:
+    """transformers saves on the first worker only, where workers have a process group."""
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", _IN_A_GROUP, str(rank), str(tmp_path / "store"), str(tmp_path / f"node-{rank}")],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    digests = [worker.communicate(timeout=300)[0].split()[-1] for worker in workers]  # libraries print, too
+    assert [worker.returncode for worker in workers] == [0, 0]
+    assert len(digests[0]) == 64 and digests[0] == digests[1]

@@ -29,26 +29,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if launcher.started_here():
             raise ClusterError("RAY_ADDRESS is not set, so this is no node of a cluster. The operator sets it in pods.")
         launcher.connect()
+        left = leave(_this_node(), given.within)
     except ClusterError as error:
         print(f"ClusterError: {error}", file=sys.stderr)
         return 1
-    import ray
-
-    left = leave(ray.get_runtime_context().get_node_id(), given.within)
     print("The node is idle." if left else f"The node still has work after {given.within:g} s.")
     return 0
 
 
+def _this_node() -> str:
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
 def leave(node_id: str, within_s: float) -> bool:
-    """Announce that a node of the connected cluster goes in `within_s` seconds; whether its actors have ended by then."""
+    """Announce that a node of the connected cluster goes in `within_s` seconds; whether its actors have ended by then.
+
+    Raises ClusterError where the head does not take it.
+    """
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made in Cython
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+    from ray.exceptions import RpcError
 
     deadline = time.time() + within_s
     gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    accepted, why_not = gcs.drain_node(node_id, reason, "its pod is being stopped", int(deadline * 1000))
+    try:
+        accepted, why_not = gcs.drain_node(node_id, reason, "its pod is being stopped", int(deadline * 1000))
+    except RpcError as error:
+        raise ClusterError(f"the head does not answer that node {node_id} may go: {error}") from error
     if not accepted:
         raise ClusterError(f"Ray does not let node {node_id} go: {why_not}")
     while num_actors(node_id) and time.time() < deadline:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.ending import exit_code
+from jobs.ending import GIVEN_UP, exit_code, stay_until_seen
 from service.config_values import read_text
 from service.domain import RunState
 from service.errors import LorayError
@@ -43,7 +43,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as the command line says; the exit code. The last line printed is the reason of a failure."""
+    """Run as the command line says; the exit code. A failure's reason is printed last; a RayJob's attempt may wait then."""
     given = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if differing := skew():
@@ -53,9 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             begin_or_go_on(given.sweep_file, given.sweep_id_file, given.set, console)
         else:
             run(given.sweep_file, given.resume, given.set, console)
+        code = 0
     except (LorayError, KeyboardInterrupt) as error:
-        return exit_code(error, console)
-    return 0
+        code = exit_code(error, console)
+    if given.sweep_id_file and code != GIVEN_UP:
+        stay_until_seen(console)
+    return code
 
 
 def run(sweep_file: str | None, resume: str | None, overrides: Sequence[str], console: Console) -> None:
@@ -80,7 +83,7 @@ def begin_or_go_on(sweep_file: str, id_file: str, overrides: Sequence[str], cons
     from tune.sweep_file import load_sweep
 
     settings, resolved = load_settings(), load_sweep(sweep_file, overrides)
-    sweep_id = read_text(id_file, "sweep id file").strip()
+    sweep_id = read_text(id_file, "sweep id file", "text").strip()
     begun = reopen_if_begun(settings.home, sweep_id)
     if begun is None:
         run_sweep(resolved, settings, console, sweep_id=sweep_id)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.ending import exit_code
+from jobs.ending import GIVEN_UP, exit_code, stay_until_seen
 from service.config import load_run, read_text, run_from_json
 from service.domain import RunState
 from service.errors import LorayError
@@ -54,34 +54,42 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; the exit code. The last line printed is the reason of a failure."""
+    """Train as the command line says; the exit code. A failure's reason is printed last; a RayJob's attempt may wait then."""
     given = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
+    try:
+        train(given, console)
+        code = 0
+    except (LorayError, KeyboardInterrupt) as error:
+        code = exit_code(error, console)
+    if given.run_id_file and code != GIVEN_UP:
+        stay_until_seen(console)
+    return code
+
+
+def train(given: argparse.Namespace, console: Console) -> None:
+    """Begin a run, or go on with one, and wait for its end."""
     if differing := skew():
         console.print(differing, highlight=False, soft_wrap=True, style="yellow")
-    try:
-        settings = load_settings()
-        resolved = load_run(given.run_file, given.set) if given.run_file else None
-        from service.training import repeats
-        from service.training.driver import reopen, reopen_if_begun
+    settings = load_settings()
+    resolved = load_run(given.run_file, given.set) if given.run_file else None
+    from service.training import repeats
+    from service.training.driver import reopen, reopen_if_begun
 
-        resume = reopen(settings.home, given.resume) if given.resume else None
-        if given.run_id_file:
-            given.run_id = read_text(given.run_id_file, "run id file").strip()
-            resume = reopen_if_begun(settings.home, given.run_id)
-        if resume and resume.status().state is RunState.SUCCEEDED:
-            console.print(f"Run {resume.id} has succeeded already.", highlight=False)
-            return 0
-        if resume:
-            resolved = run_from_json(resume.resolved(), resume.run_yaml(), given.set)
-        assert resolved is not None
-        repeats.train(
-            resolved, settings, console,
-            resume=resume, run_id=given.run_id, profile=given.profile, asked_at=given.asked_at,
-        )  # fmt: skip
-    except (LorayError, KeyboardInterrupt) as error:
-        return exit_code(error, console)
-    return 0
+    resume = reopen(settings.home, given.resume) if given.resume else None
+    if given.run_id_file:
+        given.run_id = read_text(given.run_id_file, "run id file", "text").strip()
+        resume = reopen_if_begun(settings.home, given.run_id)
+    if resume and resume.status().state is RunState.SUCCEEDED:
+        console.print(f"Run {resume.id} has succeeded already.", highlight=False)
+        return
+    if resume:
+        resolved = run_from_json(resume.resolved(), resume.run_yaml(), given.set)
+    assert resolved is not None
+    repeats.train(
+        resolved, settings, console,
+        resume=resume, run_id=given.run_id, profile=given.profile, asked_at=given.asked_at,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -385,6 +385,49 @@ class PublishBlock(Block):
     name: Annotated[str, AfterValidator(_family)]
 
 
+_INT32 = 2**31 - 1  # what the RayJob's numbers hold
+_HOST = r"[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?"  # one part of it
+_PATH = r"[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*"
+_IMAGE = re.compile(  # [host[:port]/]path[:tag][@digest], github.com/distribution/reference: regexp.go
+    rf"((\[[a-fA-F0-9:]+\]|{_HOST}(\.{_HOST})*)(:[0-9]+)?/)?{_PATH}(/{_PATH})*"
+    r"(:[A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?(@[a-z0-9]+([-_+.][a-z0-9]+)*:[0-9a-fA-F]{32,})?"
+)
+_LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+_DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+
+
+def _image(value: str) -> str:
+    if not _IMAGE.fullmatch(value):
+        raise ValueError(
+            "must be an image such as registry.example.com/team/loray:0.1.0, in small letters up to the tag"
+        )
+    return value
+
+
+def _quoted(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError('must be text, in quotes ("true", "1")')
+    return value
+
+
+def _label_key(value: str) -> str:
+    prefix, slash, name = value.rpartition("/")
+    if not _LABEL.fullmatch(name) or (slash and not _DOMAIN.fullmatch(prefix)):
+        raise ValueError(
+            "must be a label's name such as topology.kubernetes.io/zone: at most 63 letters, digits, '-', '_' and '.', before "
+            "them a domain and '/' where it has one"
+        )
+    return value
+
+
+def _label_value(value: str) -> str:
+    if value and not _LABEL.fullmatch(value):
+        raise ValueError(
+            "must be a label's value: at most 63 letters, digits, '-', '_' and '.', a letter or digit at both ends"
+        )
+    return value
+
+
 class KubernetesBlock(Block):
     """How `--kuberay` runs it: a RayJob with a cluster of its own. A worker pod holds `gpus` workers, or one on `cpus`.
 
@@ -394,12 +437,15 @@ class KubernetesBlock(Block):
 
     namespace: str = Field(default="loray", pattern=_DNS_LABEL)
     queue: str | None = Field(default=None, pattern=_DNS_LABEL)
-    image: str | None = Field(default=None, min_length=1)  # loray's own, of this version
+    image: Annotated[str, AfterValidator(_image)] | None = None  # loray's own, of this version
     gpus: int = Field(default=0, ge=0)
     cpus: int = Field(default=1, ge=1)  # for each worker
-    nodes: dict[str, str] = {}
-    retries: int = Field(default=3, ge=0)
-    deadline_s: int = Field(default=3 * 86400, ge=1)  # for each attempt
+    nodes: dict[
+        Annotated[str, BeforeValidator(_quoted), AfterValidator(_label_key)],
+        Annotated[str, BeforeValidator(_quoted), AfterValidator(_label_value)],
+    ] = {}
+    retries: int = Field(default=3, ge=0, le=_INT32)
+    deadline_s: int = Field(default=3 * 86400, ge=1, le=_INT32)  # for each attempt
 
 
 class RunConfig(Block):

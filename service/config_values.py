@@ -14,13 +14,18 @@ import yaml
 
 from service.errors import ConfigError
 
+# A float as YAML 1.2 has it and PyYAML does not: `1e-4`. For add_implicit_resolver: tag, form, first letters.
+FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
 
-def read_text(path: str, what: str) -> str:
-    """The file's text, or ConfigError that says which file is missing or unreadable."""
+
+def read_text(path: str, what: str, kind: str = "YAML") -> str:
+    """The file's text, or ConfigError that says which file is missing or unreadable, and what `kind` of file is wanted."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{what} {path!r} does not exist under {Path.cwd()}. Give the path of a YAML file.") from None
+        raise ConfigError(
+            f"{what} {path!r} does not exist under {Path.cwd()}. Give the path of a {kind} file."
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{what} {path!r} cannot be read as UTF-8 text: {error}.") from None
 
@@ -87,9 +92,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)
+_Loader.add_implicit_resolver(*FLOAT)
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -267,7 +268,7 @@ def staged(resolved: ResolvedRun | None) -> Iterator[tuple[Path, list[str]]]:
 
 def stage_files(resolved: ResolvedRun, stage: Path, there: Path) -> Iterator[str]:
     """Copy the run file, and into `data` what it names on this machine; an override for each file: it will lie in `there`."""
-    (stage / "run.yaml").write_text(resolved.text)
+    (stage / "run.yaml").write_text(resolved.text, encoding="utf-8")
     (stage / "data").mkdir()
     model, data = resolved.config.model, resolved.config.data
     named = {
@@ -277,13 +278,19 @@ def stage_files(resolved: ResolvedRun, stage: Path, there: Path) -> Iterator[str
     for key, given in named.items():
         staged = _staged(given, key, key.split(".")[-1], stage, there)
         if staged != given:
-            yield f"{key}={json.dumps(staged)}"
+            yield _override(key, staged)
     method = resolved.config.method
     adapter = Path(method.init_from).expanduser() if isinstance(method, LoraBlock) and method.init_from else None
     if adapter is not None and adapter.is_dir():
-        name = f"init_from-{adapter.resolve().name}"
+        name = _copied("init_from", adapter.resolve())
         shutil.copytree(adapter, stage / "data" / name)
-        yield f"method.init_from={json.dumps(str(there / name))}"
+        yield _override("method.init_from", str(there / name))
+
+
+def _override(key: str, value: Any) -> str:
+    """In letters that YAML and a shell take as they are: JSON writes those above U+FFFF as two, which YAML leaves so."""
+    text = re.sub("[^ -~]", lambda letter: f"\\U{ord(letter[0]):08x}", json.dumps(value, ensure_ascii=False))
+    return f"{key}={text}"
 
 
 def _staged(given: Any, key: str, name: str, stage: Path, there: Path) -> Any:
@@ -299,6 +306,11 @@ def _staged(given: Any, key: str, name: str, stage: Path, there: Path) -> Any:
     source = storage.local_path(given)
     if not source.exists():
         raise ConfigError(f"{key}: {given!r} does not exist under {Path.cwd()}.")
-    copied = f"{name}-{source.name}"
+    copied = _copied(name, source)
     (shutil.copytree if source.is_dir() else shutil.copyfile)(source, stage / "data" / copied)
     return str(there / copied)
+
+
+def _copied(name: str, source: Path) -> str:
+    """What the copy is called: `name` is no other copy's, and the rest is what a ConfigMap takes in a key."""
+    return f"{name}-{re.sub('[^-._a-zA-Z0-9]', '-', source.name)[-200:]}"

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
 from service.cli import data, models, runs, sweeps
-from service.cli.terminal import console, print_json
+from service.cli.terminal import console, kept_for_documents, print_document, print_json
 from service.errors import ConfigError, LorayError
 
 app = typer.Typer(
@@ -133,7 +134,7 @@ def render(run_file: RunFile, overrides: Overrides = []) -> None:  # noqa: B006 
     from service.config import load_run
     from service.settings import load_settings
 
-    sys.stdout.write(render(load_run(run_file, overrides), load_settings()))
+    print_document(render(load_run(run_file, overrides), load_settings()))
 
 
 @app.command()
@@ -233,8 +234,10 @@ def main() -> None:
     """The console script: loray's own errors become a message and an exit code, everything else is a bug and shows."""
     asked_at = time.time()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more, and --json is for machines
+    for_machines = "--json" in sys.argv or sys.argv[1:3] == ["k8s", "render"]
     try:
-        app(obj=asked_at)
+        with kept_for_documents() if for_machines else nullcontext():
+            app(obj=asked_at)
     except LorayError as error:
         typer.echo(f"{type(error).__name__}: {error}", err=True)
         sys.exit(2 if isinstance(error, (ValueError, LookupError)) else 1)

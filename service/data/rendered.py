@@ -27,7 +27,7 @@ _NO_CONVERSATION = (
 def renderer_for(config: RunConfig, directory: Path) -> Renderer:
     """The renderer of a run, for a model in `directory`: its own template, or the one that the config names."""
     template = config.model.chat_template
-    return load_renderer(directory, read_text(template, "model.chat_template") if template else None)
+    return load_renderer(directory, read_text(template, "model.chat_template", "Jinja") if template else None)
 
 
 def examples_of(row: Row, renderer: Renderer, train_on: TrainOn = "responses") -> list[Example]:

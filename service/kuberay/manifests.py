@@ -18,7 +18,11 @@ from typing import Any
 
 import yaml
 
-from service.config import KubernetesBlock, ResolvedRun, load_run
+from service import storage
+from service.base_models import BUNDLED
+from service.config import KubernetesBlock, LoraBlock, ResolvedRun, RunConfig, load_run, report
+from service.config_values import FLOAT
+from service.data import hub
 from service.errors import ConfigError
 from service.launcher import stage_files
 from service.training.memory import MemoryPlan
@@ -30,7 +34,9 @@ RUN_LABEL = "loray.io/run"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 MOUNT = Path("/etc/loray/run")  # of the ConfigMap, in the template
 CONFIG_MAP_BYTES = 1_000_000  # the API server takes 1 MiB, with names and all
-FINISHED_TTL_S = 3600
+FINISHED_TTL_S = 60  # of the cluster: the job itself stays
+_STARTING_S = 600  # beside scale.wait_s, for the head itself
+_LOGS_GIB = 5
 _NAME_LENGTH = 47  # of a RayJob: the operator makes longer names of it
 _GIB = 2**30
 # What a worker takes beside the plan's bytes. On a CPU its freed memory stays with it: seen up to 2.2 times the plan.
@@ -38,6 +44,7 @@ _KEPT = {"cpu": 2.2, "cuda": 1.0}
 _LIBRARIES = {"cpu": 0.7 * _GIB, "cuda": 3 * _GIB}
 _RAY = 1 * _GIB  # raylet and agents of a pod
 _SHARED = {"cpu": 2, "cuda": 8}  # GiB of /dev/shm: Ray's objects; on GPUs NCCL's buffers too, for each
+_UNSEEN = "is a directory of this machine, which pods do not see. Name"
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class Pods:
     memory_gib: int
     shared_gib: int
     cache_gib: int  # of its disk: the base model, what is made from it, and the checkpoint that a run goes on from
+    head_cache_gib: int  # of the head's: the base model, whose digest the plan has
 
 
 def size_pods(resolved: ResolvedRun, memory: MemoryPlan, trainable_bytes: int, base_bytes: int) -> Pods:
@@ -75,6 +83,7 @@ def size_pods(resolved: ResolvedRun, memory: MemoryPlan, trainable_bytes: int, b
         memory_gib=math.ceil((_RAY + workers * (needed + _LIBRARIES[kind])) / _GIB) + shared,
         shared_gib=shared,
         cache_gib=10 + math.ceil((3 * base_bytes + checkpoint_bytes) / _GIB),
+        head_cache_gib=10 + math.ceil(3 * base_bytes / _GIB),
     )
 
 
@@ -84,7 +93,7 @@ def manifests(resolved: ResolvedRun, run_id: str, pods: Pods) -> list[Manifest]:
     return [
         _config_map(name, resolved, run_id, kubernetes.namespace),
         _network_policy(name, kubernetes.namespace),
-        _ray_job(name, run_id, kubernetes, pods),
+        _ray_job(name, run_id, resolved.config, pods),
     ]
 
 
@@ -96,10 +105,13 @@ class _Readable(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    """Line by line, but for text with the line breaks that only YAML knows: they would be read as other ones."""
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Readable.add_representer(str, _text)
+_Readable.add_implicit_resolver(*FLOAT)  # text that a run file's reader would take for a number is quoted
 
 
 def as_yaml(documents: list[Manifest]) -> str:
@@ -133,29 +145,63 @@ def _config_map(name: str, resolved: ResolvedRun, run_id: str, namespace: str) -
 
 def _files(resolved: ResolvedRun) -> Iterator[tuple[str, str]]:
     """The run file and what it names on this machine, as they lie below MOUNT."""
+    if problems := list(_left_behind(resolved.config)):
+        raise ConfigError(report("the run file", problems))
     with tempfile.TemporaryDirectory(prefix="loray-stage-") as directory:
         stage = Path(directory)
         overrides = [*resolved.overrides, *stage_files(resolved, stage, MOUNT)]
         for file in sorted((stage / "data").iterdir()):
-            key, _, named = file.name.partition("-")
-            if file.is_dir():
-                raise ConfigError(
-                    f"{key}: {named} is a directory of this machine, which pods do not see. Name an s3:// URI; an adapter may "
-                    "also be published."
-                )
-            try:
-                yield file.name, file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise ConfigError(
-                    f"{key}: {named} is no text, and a ConfigMap takes only text to the pods. Name an s3:// URI."
-                ) from None
+            yield file.name, file.read_bytes().decode()  # read_text would change how lines end
         yield "run.yaml", _complete(stage / "run.yaml", overrides) if overrides else resolved.text
+
+
+def _left_behind(config: RunConfig) -> Iterator[str]:
+    """A line for each thing of this machine that the run file names and a ConfigMap does not take to the pods."""
+    model, data, method = config.model, config.data, config.method
+    if model.id not in BUNDLED and _is_directory(model.id):
+        yield (
+            f"model.id: {model.id!r} {_UNSEEN} a hub id (org/name), the bundled {' or '.join(BUNDLED)}, a published model "
+            "(name@version) or an s3:// URI."
+        )
+    if isinstance(method, LoraBlock) and method.init_from and _is_directory(method.init_from):
+        yield f"method.init_from: {method.init_from!r} {_UNSEEN} a published adapter (name@version) or an s3:// URI."
+    files = {
+        **{"data.eval": data.eval, "data.test": data.test},
+        **{"data.augment.synonyms": data.augment.synonyms, "model.chat_template": model.chat_template},
+    }
+    for key, uri in [*(("data.train", source.uri) for source in data.sources), *files.items()]:
+        if uri is not None and (why := _not_carried(uri)):
+            yield f"{key}: {uri!r} {why}"
+
+
+def _is_directory(name: str) -> bool:
+    """Whether a model or an adapter of this name is looked for on this machine, as `resolve_base_model` does."""
+    return name.startswith(("/", "./", "../", "~")) or Path(name).is_dir()
+
+
+def _not_carried(uri: str) -> str | None:
+    """Why the pods would not find what lies there; None where a ConfigMap takes it along, or they fetch it themselves."""
+    if hub.is_hub(uri):
+        local = Path(uri.removeprefix(hub.SCHEME).partition("?")[0]).is_dir()
+        return f"{_UNSEEN} a data set of the hub (hub:owner/name) or an s3:// URI." if local else None
+    if not storage.is_local(uri):
+        return None
+    path = storage.local_path(uri)
+    if path.is_dir():
+        return f"{_UNSEEN} an s3:// URI."
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return "is no text, and a ConfigMap takes only text to the pods. Name an s3:// URI."
+    except OSError as error:
+        return f"cannot be read under {Path.cwd()}: {error.strerror}. Check the path."
+    return None
 
 
 def _complete(run_file: Path, overrides: list[str]) -> str:
     """The whole config, where the file alone does not say it any more."""
     config = load_run(str(run_file), overrides).config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    return yaml.safe_dump(config, sort_keys=False)
+    return yaml.dump(config, Dumper=_Readable, sort_keys=False, allow_unicode=True)
 
 
 def _network_policy(name: str, namespace: str) -> Manifest:
@@ -171,18 +217,22 @@ def _metadata(name: str, namespace: str) -> dict[str, Any]:
     return {"name": name, "namespace": namespace, "labels": labels}
 
 
-def _ray_job(name: str, run_id: str, kubernetes: KubernetesBlock, pods: Pods) -> Manifest:
+def _ray_job(name: str, run_id: str, config: RunConfig, pods: Pods) -> Manifest:
+    kubernetes = config.kubernetes
     version = importlib.metadata.version("loray")
     job = _template()
     job["metadata"] = _metadata(name, kubernetes.namespace)
     job["metadata"]["annotations"] = {ANNOTATION: version, "loray.io/run-id": run_id}
     spec = job["spec"]
     spec |= {"backoffLimit": kubernetes.retries, "activeDeadlineSeconds": kubernetes.deadline_s}
+    spec["preRunningDeadlineSeconds"] = math.ceil(config.scale.wait_s) + _STARTING_S
     if kubernetes.queue:
         _queue(job, kubernetes.queue)
     (group,) = spec["rayClusterSpec"]["workerGroupSpecs"]
-    for template in (spec["rayClusterSpec"]["headGroupSpec"]["template"], group["template"]):
-        _fill_in(template, name, version, kubernetes, pods)
+    head = spec["rayClusterSpec"]["headGroupSpec"]["template"]
+    _fill_in(head, name, version, kubernetes, pods)
+    _give_cache(head, pods.head_cache_gib)
+    _fill_in(group["template"], name, version, kubernetes, pods)
     _size(group, kubernetes, pods)
     return job
 
@@ -207,14 +257,21 @@ def _fill_in(template: Manifest, name: str, version: str, kubernetes: Kubernetes
     template["spec"]["containers"][0]["image"] = kubernetes.image or f"loray:{version}{'-cuda' if pods.gpus else ''}"
     volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
     volumes["run"]["configMap"]["name"] = name
-    volumes["cache"]["emptyDir"]["sizeLimit"] = f"{pods.cache_gib}Gi"
+
+
+def _give_cache(template: Manifest, gib: int) -> None:
+    """The limit of its volume, and a node that has the room, with some for logs and packages."""
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    volumes["cache"]["emptyDir"]["sizeLimit"] = f"{gib}Gi"
+    template["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"] = f"{gib + _LOGS_GIB}Gi"
 
 
 def _size(group: Manifest, kubernetes: KubernetesBlock, pods: Pods) -> None:
     """The workers' own: how many, how large, and where.
 
-    The operator takes a job for begun when all pods are there that were wanted at first. Kueue lets it begin with all; where
-    there is no queue, with as many as the run needs: more are for `kubectl patch raycluster`, and the run takes them.
+    The operator takes a job for running once all pods have come that were wanted at first, however long the driver has been at
+    work by then. Kueue lets it begin with all; where there is no queue, with as many as the run needs: more are for `kubectl
+    patch raycluster`, and the run takes them.
     """
     first = pods.most if kubernetes.queue else pods.least
     group |= {"replicas": first, "minReplicas": pods.least, "maxReplicas": pods.most}
@@ -225,6 +282,7 @@ def _size(group: Manifest, kubernetes: KubernetesBlock, pods: Pods) -> None:
         amounts["nvidia.com/gpu"] = str(pods.gpus)
         spec["tolerations"].append({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})
     spec["containers"][0]["resources"] = {"requests": amounts, "limits": dict(amounts)}
+    _give_cache(group["template"], pods.cache_gib)
     if kubernetes.nodes:
         spec["nodeSelector"] = dict(kubernetes.nodes)
     volumes = {volume["name"]: volume for volume in spec["volumes"]}

@@ -347,6 +347,6 @@ def publish_model(
         for name in storage.list_names(run.path("model")):
             storage.fetch_file(run.path("model", name), directory / name, None)
         if draft.kind == "full" and config.model.chat_template:  # served as it was trained, not as its base was
-            text = read_text(config.model.chat_template, "model.chat_template")
+            text = read_text(config.model.chat_template, "model.chat_template", "Jinja")
             (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
         return Registry(settings.home).publish(family, directory, draft)

@@ -32,7 +32,7 @@ def write_rows(path: Path, num_rows: int, seed: int = 0) -> Path:
     return path
 
 
-def write_run_file(directory: Path, base: Path, num_rows: int = 20, **blocks: Any) -> Path:
+def write_run_file(directory: Path, base: Path | str, num_rows: int = 20, **blocks: Any) -> Path:
     """A float32 run of ten steps over twenty rows, changed by `blocks`."""
     directory.mkdir(parents=True, exist_ok=True)
     train = write_rows(directory / "train.jsonl", num_rows)

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from jobs.ending import OPERATORS
 from service.config import load_run
 from service.domain import ModelRef, RunState
 from service.kuberay.manifests import MOUNT, Pods, manifests
@@ -36,6 +37,16 @@ from service import launcher
 launcher.connect()
 from jobs.leave import leave
 print("idle:", leave(sys.argv[1], 100.0))
+"""
+
+# The end of a RayJob's attempt, whose pods count as ready so many seconds after their start.
+STAY = """
+import sys
+from rich.console import Console
+from jobs import ending
+ending.READY_S = float(sys.argv[1])
+ending.stay_until_seen(Console())
+print("over")
 """
 
 
@@ -212,6 +223,30 @@ def test_a_node_that_does_not_answer_is_a_problem_with_its_name(place: Place, no
     assert sum(check["name"] == "versions" for check in checks) >= 2  # the others have answered
 
 
+def test_an_attempt_does_not_end_before_its_pods_are_ready(place: Place, nodes: Any) -> None:
+    def printed(ready_s: float, **environment: str) -> list[str]:
+        command = [sys.executable, "-c", STAY, str(ready_s)]
+        done = subprocess.run(
+            command,
+            env={**place.environment, **environment},
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    new = add_node(nodes, 14)
+    try:
+        waited = printed(20.0, **{OPERATORS: "1"})
+        assert waited[0].startswith("Waiting for the worker pods") and waited[-1] == "over"
+        assert printed(0.0, **{OPERATORS: "1"}) == ["over"], "they have been ready for long"
+        assert printed(3600.0) == ["over"], "this is no pod"
+    finally:
+        nodes.remove_node(new)
+
+
 def submitted(place: Place, nodes: Any, job: dict[str, Any], attempt: int) -> subprocess.Popen[str]:
     """A RayJob's entrypoint, by the very line that the operator makes for the shell of its submitter."""
     spec, directory = job["spec"], place.run_file.parent / "config-map"
@@ -233,7 +268,7 @@ def test_a_rayjobs_entrypoint_trains_and_its_next_attempt_goes_on(place: Place, 
     """The first attempt is stopped in the middle, as by a head that goes; the operator then starts the same once more."""
     long = load_run(str(place.run_file), ["optim.epochs=200", "publish=small"])
     run_id = "20260101-000000-small-0001"
-    config_map, _, job = manifests(long, run_id, Pods(1, 1, 1, 1, 0, 4, 2, 10))
+    config_map, _, job = manifests(long, run_id, Pods(1, 1, 1, 1, 0, 4, 2, 10, 10))
     directory = place.run_file.parent / "config-map"
     directory.mkdir()
     for name, text in config_map["data"].items():

@@ -44,8 +44,13 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(sys.executable).parent
 DEADLINE_S = 180.0
 REQUESTS = 20
-# As the operator has it for pods of a cluster with gcsFaultToleranceOptions.
-OPERATORS = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+# As the operator has it for pods of a RayService with gcsFaultToleranceOptions.
+OPERATORS = {
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_SERVE_KV_TIMEOUT_S": "5",
+    "RAY_gcs_server_request_timeout_seconds": "5",
+    "RAY_timeout_ms_task_wait_for_death_info": "0",
+}
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,13 @@ def _fault_tolerance(cluster: Manifest, annotations: Manifest) -> Iterator[str]:
 def _autoscaler(document: Manifest) -> Iterator[str]:
     cluster = cluster_spec(document)
     options, in_env = cluster.get("autoscalerOptions", {}), _environment(cluster["headGroupSpec"])
+    if document["kind"] != "RayCluster" and "upgradeStrategy" in cluster:
+        yield f"upgradeStrategy of the cluster in a {document['kind']}"
+    if document["kind"] != "RayCluster" and cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
+        yield f"enableK8sTokenAuth in a {document['kind']}"
+    for name, group in groups(document):
+        if "idleTimeoutSeconds" in group and options.get("version") != "v2":
+            yield f"group {name} has idleTimeoutSeconds, which wants autoscalerOptions.version v2"
     if not cluster.get("enableInTreeAutoscaling"):
         if in_env.get("RAY_enable_autoscaler_v2") in ("1", "true"):
             yield "RAY_enable_autoscaler_v2 without enableInTreeAutoscaling"

@@ -1,10 +1,13 @@
 """What the API server says of a document: its schema, where a field that the schema does not know is an error too.
 
-The server would prune such a field in silence. Objects of Kubernetes itself go by kubernetes-validate, KubeRay's by their CRDs.
+The server would prune such a field in silence. Objects of Kubernetes itself go by kubernetes-validate, KubeRay's by their CRDs,
+and what no schema says of a ConfigMap's and a Secret's keys by the rule of IsConfigMapKey in
+staging/src/k8s.io/apimachinery/pkg/util/validation/validation.go.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +17,7 @@ from jsonschema import Draft7Validator
 from tests.k8s.objects import Manifest, called
 
 KUBERNETES = "1.34"
+KEY = re.compile(r"(?!\.\.|\.$)[-._a-zA-Z0-9]{1,253}")  # of a ConfigMap or a Secret
 # Of other operators, whose schemas no package brings: only their references are checked.
 OTHERS = {
     "monitoring.coreos.com/v1": {"ServiceMonitor", "PodMonitor", "PrometheusRule"},
@@ -33,6 +37,10 @@ def problems(document: Manifest, crds: Mapping[str, Any]) -> Iterator[str]:
             kubernetes_validate.validate(document, KUBERNETES, strict=True)
         except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
             yield f"{called(document)}: {error}"
+    if kind in ("ConfigMap", "Secret"):
+        for key in (key for field in ("data", "binaryData", "stringData") for key in document.get(field) or ()):
+            if not KEY.fullmatch(key):
+                yield f"{called(document)}: the key {key!r} is not 1 to 253 of the characters -._a-zA-Z0-9"
 
 
 def closed(schema: Any, *, root: bool = True) -> Any:

@@ -88,6 +88,8 @@ def _container(container: Manifest, pod: Pod) -> Iterator[str]:
         for amount in ("cpu", "memory"):
             if amount not in resources.get(kind, {}):
                 yield f"resources.{kind} has no {amount}"
+    if pod.ray and "ephemeral-storage" not in resources.get("requests", {}):
+        yield "asks for no disk, and is the first to go where that is full"
     if resources.get("requests", {}).get("memory") != resources.get("limits", {}).get("memory"):
         yield "asks for less memory than it may take: the node may kill it"
     goes_on = pod.spec.get("restartPolicy") != "OnFailure"

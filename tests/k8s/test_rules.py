@@ -93,6 +93,9 @@ JOB: Mapping[str, tuple[Break, str]] = {
     "a rule that stands twice": (set_at(f"{RULES}.1.policy", "DeleteCluster"), "two rules to DeleteCluster when SUCCEEDED"),
     "workers deleted after their cluster": (lambda d: d["spec"]["deletionStrategy"]["deletionRules"].append(DELETE_WORKERS_LATE), "not deleted in this order: [61, 60"),
     "a failed job kept for two times": (set_at(f"{RULES}.6.condition.ttlSeconds", 300), "DeleteCluster 3600 s after FAILED and 300 s after Failed"),
+    "a group's patience without its autoscaler": (set_at(f"{GROUP}.idleTimeoutSeconds", 60), "wants autoscalerOptions.version v2"),
+    "an upgrade of a job's cluster": (set_at("spec.rayClusterSpec.upgradeStrategy", {"type": "Recreate"}), "upgradeStrategy of the cluster in a RayJob"),
+    "tokens of Kubernetes for a job": (set_at("spec.rayClusterSpec.authOptions.enableK8sTokenAuth", True), "enableK8sTokenAuth in a RayJob"),
     "a variable in the entrypoint": (set_at("spec.entrypoint", "python -m jobs.train $RUN"), "entrypoint has $"),
     "a command in the runtime environment": (set_at("spec.runtimeEnvYAML", "env_vars: {A: `id`}"), "runtimeEnvYAML has `"),
 }  # fmt: skip
@@ -200,6 +203,7 @@ UNFIT: Mapping[str, tuple[Break, str]] = {
     "no token authentication": (without("spec.rayClusterSpec.authOptions"), "token authentication is not on"),
     "a head with work": (without(f"{HEAD}.rayStartParams.num-cpus"), "the head takes work"),
     "no shared memory": (set_at(f"{GROUP}.template.spec.volumes.3", {"name": "shared-memory", "emptyDir": {}}), "no shared memory"),
+    "no disk asked for": (set_at(f"{WORKER}.resources.requests", {"cpu": "1", "memory": "6Gi"}), "asks for no disk"),
     "no place to write": (set_at(f"{WORKER}.volumeMounts.0.mountPath", "/data"), "cannot write where"),
     "no way to leave": (without(f"{WORKER}.lifecycle"), "does not leave the cluster in order"),
     "an object store larger than its memory": (set_at(f"{GROUP}.rayStartParams.object-store-memory", "2147483649"), "object-store-memory is 2147483649, and /dev/shm has 2Gi"),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from service.base_models import BUNDLED
 from service.cli.app import main
 from service.config import ResolvedRun, load_run
 from service.errors import ClusterError, ConfigError
@@ -19,7 +20,7 @@ from service.kuberay import api as kuberay_api
 from service.kuberay.manifests import Manifest, Pods, as_yaml, job_name, manifests, size_pods
 from service.runs import Run
 from service.training.memory import MemoryPlan
-from tests.integration.small_runs import small_base, write_run_file
+from tests.integration.small_runs import write_run_file
 from tests.k8s import operator_rules, references, schemas, security
 from tests.k8s.conftest import K8S, Build
 from tests.k8s.kubernetes_api import FakeApi, serving
@@ -29,7 +30,7 @@ from tests.k8s.objects import pods as pods_of
 
 RUN_ID = "20261127-101500-tickets.v2-0a1b"
 GIB = 2**30
-PODS = Pods(least=1, most=2, workers=8, cpus=64, gpus=8, memory_gib=200, shared_gib=64, cache_gib=60)
+PODS = Pods(least=1, most=2, workers=8, cpus=64, gpus=8, memory_gib=200, shared_gib=64, cache_gib=60, head_cache_gib=30)
 ON_GPU = MemoryPlan("cuda", {}, {"train": 60 * GIB}, 10 * GIB, 1, 4096, 2048)
 ON_CPU = MemoryPlan("cpu", {}, {"train": 2 * GIB, "save": GIB}, 0, 1, 512, 256)
 
@@ -87,6 +88,12 @@ def test_sizes_places_and_image_are_the_run_files(tmp_path: Path) -> None:
     assert pod["containers"][0]["image"] == "registry/loray:1"
     head = cluster_spec(job)["headGroupSpec"]["template"]["spec"]
     assert "nvidia.com/gpu" not in head["containers"][0]["resources"]["limits"]
+    disks = [
+        (spec["containers"][0]["resources"]["requests"]["ephemeral-storage"], volume["emptyDir"]["sizeLimit"])
+        for spec in (head, pod) for volume in spec["volumes"] if volume["name"] == "cache"
+    ]  # fmt: skip
+    assert disks == [("35Gi", "30Gi"), ("65Gi", "60Gi")]
+    assert job["spec"]["preRunningDeadlineSeconds"] == 1800 + 600, "longer than the driver waits for workers"
 
 
 def test_a_run_in_a_namespace_of_its_own_finds_all_it_names_there(tmp_path: Path, build: Build) -> None:
@@ -277,12 +284,18 @@ def test_an_api_that_cannot_be_reached_or_does_not_know_the_job_is_told(
         kuberay_api.Kubernetes("loray")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model is made once for it."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def run_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run of a small base, planned on this machine."""
+def run_file(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run of the bundled model, planned on this machine."""
     monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("LORAY_CACHE", str(tmp_path / "cache"))
-    return write_run_file(tmp_path / "small", small_base(tmp_path / "base"), scale={"workers": 2})
+    monkeypatch.setenv("LORAY_CACHE", str(cache))
+    return write_run_file(tmp_path / "small", next(iter(BUNDLED)), scale={"workers": 2})
 
 
 def loray(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -303,7 +316,7 @@ def test_render_prints_a_new_run_with_the_sizes_of_its_plan(
     (group,) = cluster_spec(job)["workerGroupSpecs"]
     assert group["replicas"] == 2
     amounts = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert amounts["cpu"] == "3" and 3 <= int(amounts["memory"].removesuffix("Gi")) <= 8
+    assert amounts["cpu"] == "3" and 4 <= int(amounts["memory"].removesuffix("Gi")) <= 16
     Run.create(str(tmp_path / "elsewhere"), "x", "", {}, id=config_map["data"]["run-id"].strip())
     assert operator_rules.problems(job) == []
 

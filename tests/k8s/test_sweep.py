@@ -34,4 +34,6 @@ def test_the_embedded_sweep_loads_and_its_trials_fit_the_pods(name: str, build: 
     (group,) = cluster_spec(job)["workerGroupSpecs"]
     for number, draw in enumerate(draws):
         assert sweep.trial(f"trial-{number}", draw, {}).config.scale.min_workers <= group["replicas"]
+    head = cluster_spec(job)["headGroupSpec"]["template"]["spec"]["containers"][0]["resources"]["limits"]["memory"]
+    assert int(head.removesuffix("Gi")) >= 2 + 2 * group["replicas"], "all drivers of trials are on the head"
     assert job["spec"]["backoffLimit"] == 3, "a second attempt goes on with the same sweep"

@@ -276,3 +276,20 @@ def test_help_names_every_command_and_needs_no_home() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in ("plan", "train", "serve", "chat", "eval", "gc", "runs", "models"):
         assert f" {name} " in done.stdout
+
+
+def test_json_is_alone_on_standard_output_whatever_libraries_print(
+    loray: Loray, home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed does, when it is imported: the first time that a machine plans."""
+    _publish(home, tmp_path / "a")
+    listed = Registry.models
+
+    def models(registry: Registry) -> list[str]:
+        print("a library speaks")
+        return listed(registry)
+
+    monkeypatch.setattr(Registry, "models", models)
+    done = loray("models", "list", "--json")
+    assert (done.code, json.loads(done.out)[0]["model"], done.err) == (0, "tickets", "a library speaks\n")
+    assert loray("models", "list").out.startswith("a library speaks\n"), "people may see it"

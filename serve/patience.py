@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import random
 import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from service.errors import StorageError
+from service.pauses import doubling
 
 MOST_S = 300.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
@@ -30,7 +30,7 @@ def patiently(do: Callable[[], T], what: str) -> T:
 
     `what` is being done, for the log. Pauses double, and differ between replicas.
     """
-    deadline, pause_s = time.monotonic() + MOST_S, FIRST_PAUSE_S
+    deadline, pauses = time.monotonic() + MOST_S, doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S)
     while True:
         try:
             return do()
@@ -39,8 +39,7 @@ def patiently(do: Callable[[], T], what: str) -> T:
             if left_s <= 0 or not may_pass(error):
                 raise
             _log.warning("%s: %s Trying again for up to %.0f s.", what, error, left_s)
-        time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        time.sleep(min(left_s, next(pauses)))
 
 
 def may_pass(error: BaseException) -> bool:

@@ -23,7 +23,6 @@ from service.config_blocks import (
     Block,
     CheckpointBlock,
     DataBlock,
-    EngineBlock,
     FilterBlock,
     Format,
     FullBlock,
@@ -38,7 +37,6 @@ from service.config_blocks import (
     RunBlock,
     RunConfig,
     ScaleBlock,
-    ServeConfig,
     SourceBlock,
     SplitBlock,
     StopBlock,
@@ -48,6 +46,7 @@ from service.config_blocks import (
 from service.config_problems import dotted_names, problem_lines, unknown_key
 from service.config_values import leaves, mapping, nest, override, put, read_text, take_out, value_at
 from service.errors import ConfigError
+from service.serve_config import EngineBlock, ServeConfig
 
 __all__ = [  # what is imported from here
     "CHANGEABLE",

@@ -1,4 +1,4 @@
-"""Every key that a run file and a serve file may hold: its type, its range, its default, and where the default comes from.
+"""Every key that a run file may hold: its type, its range, its default, and where the default comes from.
 
 Pydantic, frozen and strict. What one block cannot say alone is in `RunConfig.problems_across`; what depends on the model or
 on the machine is in `training/compatibility.py`. Import these from `service.config`, which reads the files.
@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
 
+from service import kubernetes_names as names
 from service.config_values import value_at
-from service.domain import ModelRef, check_name
+from service.domain import ModelRef
 from service.errors import ConfigError
-
-_DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"  # what Kubernetes takes for names of namespaces and queues
 
 
 class Block(BaseModel):
@@ -30,7 +29,7 @@ class Block(BaseModel):
         yield from ()
 
 
-def _shorthand(key: str) -> BeforeValidator:
+def shorthand(key: str) -> BeforeValidator:
     """`method: lora` for `method: {type: lora}`: a bare string stands for the block's main key."""
     return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
@@ -296,7 +295,7 @@ class OptimBlock(Block):
 DEFAULT_LR = {"lora": 2.0e-4, "qlora": 2.0e-4, "full": 2.0e-5}
 
 
-class _Bounds(Block):
+class Bounds(Block):
     """From `min` to `max`."""
 
     min: int = Field(ge=1)
@@ -309,7 +308,7 @@ class _Bounds(Block):
         return self
 
 
-class WorkersBlock(_Bounds):
+class WorkersBlock(Bounds):
     """An elastic number of workers: starts with what there is, shrinks when a node goes, grows when one comes."""
 
 
@@ -385,49 +384,6 @@ class PublishBlock(Block):
     name: Annotated[str, AfterValidator(_family)]
 
 
-_INT32 = 2**31 - 1  # what the RayJob's numbers hold
-_HOST = r"[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?"  # one part of it
-_PATH = r"[a-z0-9]+(([._]|__|-+)[a-z0-9]+)*"
-_IMAGE = re.compile(  # [host[:port]/]path[:tag][@digest], github.com/distribution/reference: regexp.go
-    rf"((\[[a-fA-F0-9:]+\]|{_HOST}(\.{_HOST})*)(:[0-9]+)?/)?{_PATH}(/{_PATH})*"
-    r"(:[A-Za-z0-9_][-A-Za-z0-9_.]{0,127})?(@[a-z0-9]+([-_+.][a-z0-9]+)*:[0-9a-fA-F]{32,})?"
-)
-_LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
-_DOMAIN = re.compile(r"(?=.{1,253}$)[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
-
-
-def _image(value: str) -> str:
-    if not _IMAGE.fullmatch(value):
-        raise ValueError(
-            "must be an image such as registry.example.com/team/loray:0.1.0, in small letters up to the tag"
-        )
-    return value
-
-
-def _quoted(value: Any) -> Any:
-    if not isinstance(value, str):
-        raise ValueError('must be text, in quotes ("true", "1")')
-    return value
-
-
-def _label_key(value: str) -> str:
-    prefix, slash, name = value.rpartition("/")
-    if not _LABEL.fullmatch(name) or (slash and not _DOMAIN.fullmatch(prefix)):
-        raise ValueError(
-            "must be a label's name such as topology.kubernetes.io/zone: at most 63 letters, digits, '-', '_' and '.', before "
-            "them a domain and '/' where it has one"
-        )
-    return value
-
-
-def _label_value(value: str) -> str:
-    if value and not _LABEL.fullmatch(value):
-        raise ValueError(
-            "must be a label's value: at most 63 letters, digits, '-', '_' and '.', a letter or digit at both ends"
-        )
-    return value
-
-
 class KubernetesBlock(Block):
     """How `--kuberay` runs it: a RayJob with a cluster of its own. A worker pod holds `gpus` workers, or one on `cpus`.
 
@@ -435,24 +391,24 @@ class KubernetesBlock(Block):
     must have. `retries` are whole attempts, each on a new cluster, each from the newest checkpoint.
     """
 
-    namespace: str = Field(default="loray", pattern=_DNS_LABEL)
-    queue: str | None = Field(default=None, pattern=_DNS_LABEL)
-    image: Annotated[str, AfterValidator(_image)] | None = None  # loray's own, of this version
+    namespace: str = Field(default="loray", pattern=names.DNS_LABEL)
+    queue: str | None = Field(default=None, pattern=names.DNS_LABEL)
+    image: Annotated[str, AfterValidator(names.image)] | None = None  # loray's own, of this version
     gpus: int = Field(default=0, ge=0)
     cpus: int = Field(default=1, ge=1)  # for each worker
     nodes: dict[
-        Annotated[str, BeforeValidator(_quoted), AfterValidator(_label_key)],
-        Annotated[str, BeforeValidator(_quoted), AfterValidator(_label_value)],
+        Annotated[str, BeforeValidator(names.quoted), AfterValidator(names.label_key)],
+        Annotated[str, BeforeValidator(names.quoted), AfterValidator(names.label_value)],
     ] = {}
-    retries: int = Field(default=3, ge=0, le=_INT32)
-    deadline_s: int = Field(default=3 * 86400, ge=1, le=_INT32)  # for each attempt
+    retries: int = Field(default=3, ge=0, le=names.INT32)
+    deadline_s: int = Field(default=3 * 86400, ge=1, le=names.INT32)  # for each attempt
 
 
 class RunConfig(Block):
     """One training run, complete. `loray plan` prints it with the source of every value."""
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
-    model: Annotated[ModelBlock, _shorthand("id")]
+    model: Annotated[ModelBlock, shorthand("id")]
     data: DataBlock
     run: RunBlock = RunBlock()
     objective: Literal["sft"] = "sft"
@@ -464,7 +420,7 @@ class RunConfig(Block):
     checkpoint: CheckpointBlock = CheckpointBlock()
     evaluate: EvaluateBlock = EvaluateBlock()
     stop: StopBlock = StopBlock()
-    publish: Annotated[PublishBlock, _shorthand("name")] | None = None
+    publish: Annotated[PublishBlock, shorthand("name")] | None = None
     kubernetes: KubernetesBlock = KubernetesBlock()
     seed: int = Field(default=0, ge=0, lt=2**32)
 
@@ -572,95 +528,6 @@ def _is_several(value: Any) -> bool:
 
 def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and value > 0
-
-
-class VllmBlock(Block):
-    """What only vLLM needs: the columns that each adapter takes, whatever its rank. Of these sizes vLLM has kernels."""
-
-    max_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = 32
-
-
-class EngineBlock(Block):
-    """The serving engine's fixed sizes: slots (concurrent rows), tokens per row, LoRA columns, CPU threads (0 = all).
-
-    `backend`: the embedded engine (torch) or vLLM; auto is vLLM on CUDA where it is installed, unless `base_bits` or
-    `lora_columns` rule it out. What follows holds for both but for three: vLLM reads an adapter that comes back from its
-    files (no `host_bytes`), does not quantise, and gives every adapter `vllm.max_rank` of the `lora_columns`.
-
-    `kv_bytes` limits the memory of the slots' keys and values: there are fewer slots then. `prefix_bytes` are kept of
-    prompts seen before, in host or GPU memory, wherever the model is; 0 computes every prompt anew. `host_bytes` of adapters
-    stay in host memory, read and checked, for when they come back. `base_bits` 4 (NF4,
-    with its scales quantised too: `double_quant`) or 8 (int8) quantises the base as it is loaded, adapters stay exact.
-    """
-
-    backend: Literal["auto", "torch", "vllm"] = "auto"
-    slots: int = Field(default=16, ge=1, le=1024)
-    max_context: int = Field(default=2048, ge=16)
-    lora_columns: int = Field(default=256, ge=0)
-    threads: int = Field(default=0, ge=0)
-    kv_bytes: int | None = Field(default=None, ge=1)
-    prefix_bytes: int = Field(default=2**28, ge=0)
-    host_bytes: int = Field(default=2**30, ge=0)
-    base_bits: Literal[4, 8, 16] = 16
-    double_quant: bool = True
-    vllm: VllmBlock = VllmBlock()
-
-
-class ReplicasBlock(_Bounds):
-    """A number of engine replicas that follows the load: Ray Serve keeps `ongoing` requests a replica, running or waiting.
-
-    `ongoing` is the engine's slots unless given. More replicas come once there have been too many requests for
-    `upscale_delay_s`, and go, when they have answered, after `downscale_delay_s` with too few.
-    """
-
-    ongoing: float | None = Field(default=None, gt=0)
-    upscale_delay_s: float = Field(default=30.0, ge=0)
-    downscale_delay_s: float = Field(default=600.0, ge=0)
-
-
-class ServeConfig(Block):
-    """One endpoint: a base model and the adapters it starts with.
-
-    `host` may be other than loopback when there are API keys: a file of them in `keys`, or LORAY_API_KEYS. Adapters are
-    models of the registry, or lie at URIs below `adapter_roots` (directories that all nodes share, s3:// prefixes) with at
-    most `adapter_max_bytes` of files.
-    """
-
-    schema_version: Literal[1] = Field(default=1, alias="schema")
-    endpoint: Annotated[str, AfterValidator(lambda value: check_name(value, "endpoint"))] = "default"
-    model: Annotated[ModelBlock, _shorthand("id")]
-    adapters: Annotated[tuple[str, ...], Strict(False)] = ()
-    adapter_roots: Annotated[tuple[str, ...], Strict(False)] = ()
-    adapter_max_bytes: int = Field(default=2**31, ge=1)
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
-    keys: str | None = None
-    precision: Literal["bf16", "fp32"] = "bf16"
-    engine: EngineBlock = EngineBlock()
-    replicas: Annotated[int, Field(ge=1)] | ReplicasBlock = 1
-
-    @property
-    def min_replicas(self) -> int:
-        """The fewest that there are."""
-        return self.replicas if isinstance(self.replicas, int) else self.replicas.min
-
-    @classmethod
-    def problems_across(cls, values: Mapping[str, Any]) -> Iterator[str]:
-        """What vLLM was asked for and the embedded engine alone does."""
-        if value_at(values, "engine.backend") != "vllm":
-            return
-        bits = value_at(values, "engine.base_bits")
-        if bits in (4, 8):
-            yield f"engine.base_bits: {bits} is not served by vLLM here. Set engine.backend: torch, or leave base_bits out."
-        columns = value_at(values, "engine.lora_columns")
-        rank = value_at(values, "engine.vllm.max_rank")
-        columns = EngineBlock().lora_columns if columns is None else columns
-        rank = VllmBlock().max_rank if rank is None else rank
-        if isinstance(columns, int) and isinstance(rank, int) and 0 < columns < rank:
-            yield (
-                f"engine.lora_columns: {columns}, and under vLLM every adapter takes engine.vllm.max_rank columns, {rank}. "
-                "Raise the first or lower the second."
-            )
 
 
 def expanded(values: Mapping[str, Any]) -> dict[str, Any]:

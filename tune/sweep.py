@@ -8,14 +8,11 @@ exists. A sweep that was stopped or whose driver was killed goes on with `resume
 
 from __future__ import annotations
 
-import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -29,6 +26,7 @@ from service.registry import Registry
 from service.runs import Run, check_id
 from service.settings import Settings
 from service.status import beating, is_driven, this_process, told_apart
+from service.stop_signals import heard
 from service.sweep_config import STEPS, PbtBlock, SearchBlock, SweepConfig
 from tune import leaderboard, plots
 from tune import space as spaces
@@ -214,7 +212,8 @@ def _tried(
     waiting = tuple(record for record in sweep.records() if record.number not in over and record.number <= most)
     search = resolved.config.search
     view = SweepView(search.metric, search.mode, resolved.num_trials, console, trials)
-    with view, _Stop(sweep, view.say) as stop:
+    stop = _Stop(sweep, view.say)
+    with view, heard(stop.ask, lambda: stop.reason is not None):
         tick = _Tick(sweep, resolved, look, view, stop, spent_s)
         if waiting or len(ended) < most:
             if search.share_base:
@@ -229,25 +228,15 @@ def _tried(
 
 
 class _Stop:
-    """SIGTERM and SIGINT ask the sweep to stop by its one channel; a second SIGINT gives up waiting."""
+    """A request to stop, by a signal or by the sweep's budget, and whether the sweep's one channel has it."""
 
     def __init__(self, sweep: Sweep, say: Callable[[str], None]) -> None:
         self._sweep, self._say = sweep, say
         self.reason: str | None = None
         self._delivered = False
 
-    def __enter__(self) -> _Stop:
-        mine = threading.current_thread() is threading.main_thread()  # no other may listen
-        listened = (signal.SIGTERM, signal.SIGINT) if mine else ()
-        self._before = {number: signal.signal(number, self._ask) for number in listened}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
     def ask(self, reason: str) -> None:
-        """Remember a request; `deliver` passes it on."""
+        """Remember a request; `deliver` passes it on. A signal handler may call it: it touches no storage."""
         self.reason = self.reason or reason
 
     def deliver(self) -> None:
@@ -256,11 +245,6 @@ class _Stop:
             self._sweep.request_stop(self.reason)
             self._delivered = True
             self._say(f"Stopping: {self.reason}. Running trials end with a checkpoint ... (Ctrl-C again to give up)")
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.reason:
-            raise KeyboardInterrupt
-        self.ask(f"{signal.Signals(number).name} at the driver")
 
 
 class _Tick:

@@ -9,12 +9,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +24,7 @@ from service.registry import ManifestDraft, Registry
 from service.runs import Run, check_id, list_runs
 from service.settings import Settings, scratch
 from service.status import beating, is_driven, this_process, told_apart
+from service.stop_signals import heard
 from service.training.attempts import train_to_the_end
 from service.training.checkpoint import demand_same
 from service.training.exported import Exported, StorageAway, project_of
@@ -248,28 +246,14 @@ def _warn_of_short_notice(console: Console) -> None:
         )  # fmt: skip
 
 
-@contextmanager
-def stop_on_signal(stop: StopChannel, console: Console) -> Iterator[None]:
-    """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting.
+def stop_on_signal(stop: StopChannel, console: Console) -> AbstractContextManager[None]:
+    """SIGTERM and SIGINT ask the run to stop by its one channel; a second SIGINT gives up waiting."""
 
-    Only the main thread may listen to signals: a sweep, which trains in another, has listeners of its own.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and stop.asked:
-            raise KeyboardInterrupt
-        stop.ask(f"{signal.Signals(number).name} at the driver")
+    def ask(reason: str) -> None:
+        stop.ask(reason)
         console.print("Stopping after this step, with a checkpoint ... (Ctrl-C again to give up)", highlight=False)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return heard(ask, lambda: stop.asked is not None)
 
 
 def _finish(

@@ -7,13 +7,13 @@ Only for threads that may wait. Says once that storage is away, and once that it
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from service import storage
 from service.errors import StorageError
+from service.pauses import doubling
 
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 15.0
@@ -43,10 +43,9 @@ class Patience:
                 raise
             first, failure = time.monotonic(), error
         self._event("storage_away", f"{self._what}: {failure} Trying again for up to {self._retry_s:g} s.")
-        pause_s = FIRST_PAUSE_S
+        pauses = doubling(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         while (left_s := first + self._retry_s - time.monotonic()) > 0:
-            time.sleep(min(left_s, pause_s * random.uniform(0.5, 1.0)))
-            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            time.sleep(min(left_s, next(pauses)))
             try:
                 result = do()
             except StorageError as error:

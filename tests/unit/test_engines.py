@@ -10,8 +10,8 @@ import torch
 
 from serve.engines import backend_of
 from service.config import EngineBlock, ServeConfig, validated
-from service.config_blocks import VllmBlock
 from service.errors import ConfigError
+from service.serve_config import VllmBlock
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, installed: bool, cuda: bool) -> None:

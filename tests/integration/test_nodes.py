@@ -19,6 +19,7 @@ import torch
 import yaml
 
 from jobs.ending import OPERATORS
+from service.base_models import BUNDLED
 from service.config import load_run
 from service.domain import ModelRef, RunState
 from service.kuberay.manifests import MOUNT, Pods, manifests
@@ -266,13 +267,17 @@ def submitted(place: Place, nodes: Any, job: dict[str, Any], attempt: int) -> su
 @pytest.mark.longer  # and alone: the tests before leave the cluster with fewer nodes
 def test_a_rayjobs_entrypoint_trains_and_its_next_attempt_goes_on(place: Place, nodes: Any) -> None:
     """The first attempt is stopped in the middle, as by a head that goes; the operator then starts the same once more."""
-    long = load_run(str(place.run_file), ["optim.epochs=200", "publish=small"])
+    bundled, base = (
+        next(iter(BUNDLED)),
+        load_run(str(place.run_file)).config.model.id,
+    )  # pods would not find the small base
+    long = load_run(str(place.run_file), ["optim.epochs=200", "publish=small", f"model={bundled}"])
     run_id = "20260101-000000-small-0001"
     config_map, _, job = manifests(long, run_id, Pods(1, 1, 1, 1, 0, 4, 2, 10, 10))
     directory = place.run_file.parent / "config-map"
     directory.mkdir()
     for name, text in config_map["data"].items():
-        (directory / name).write_text(text.replace(str(MOUNT), str(directory)))
+        (directory / name).write_text(text.replace(str(MOUNT), str(directory)).replace(bundled, base))
     run = Run(place.settings.home, run_id)
     with submitted(place, nodes, job, 1) as first:
         try:

@@ -149,7 +149,6 @@ class _Group:
     def do(self, job: TrainJob) -> Any:
         """What the workers make of this job. Raises what Ray Train says where they end before."""
         import ray
-        from ray.exceptions import RayActorError
 
         turn = next(self._turns)
         self._desk.give.remote(turn, pickle.dumps(job))
@@ -160,7 +159,7 @@ class _Group:
                     self._fit.result()
                     raise WorkerLostError(f"the workers of {job.run_id} left before its end.")
             return pickle.loads(ray.get(answer))  # noqa: S301 - our own worker's
-        except RayActorError as error:
+        except _deaths() as error:
             wait([self._fit])  # they end the run, and find nobody to tell
             raise WorkerLostError(f"the process that gives workers their runs was killed: {error}") from error
 
@@ -215,6 +214,12 @@ def _errors_as_ours(job: TrainJob, workers: int, resources: Resources) -> Iterat
 
     try:
         yield
+    except _deaths() as error:
+        said = str(error).strip().splitlines()[0]
+        raise WorkerLostError(
+            f"a process of Ray Train that leads {job.run_id} was killed, or its node went away: {said} Such processes are on the "
+            "driver's node: where that is short of memory, give it more."
+        ) from error
     except ray.train.WorkerGroupError as error:
         micro = partial(_micro, job, workers, gpu="GPU" in resources)
         raise cause_of(error.worker_failures, job.run_id, micro) from error
@@ -224,6 +229,13 @@ def _errors_as_ours(job: TrainJob, workers: int, resources: Resources) -> Iterat
         raise WorkerLostError(f"Ray Train could not start or keep {workers} worker(s): {error}") from error
     except ray.train.TrainingFailedError as error:
         raise ClusterError(f"Ray Train failed: {error}") from error
+
+
+def _deaths() -> tuple[type[Exception], ...]:
+    """What Ray raises for an actor whose process is gone; by its memory monitor's hand it is no RayActorError."""
+    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+    return RayActorError, OutOfMemoryError, WorkerCrashedError, NodeDiedError
 
 
 def _one(config: dict[str, Any]) -> TrainResult:

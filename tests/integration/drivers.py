@@ -43,7 +43,12 @@ def driving(
 
 def train_workers() -> list[psutil.Process]:
     """The Ray Train workers on this machine that train now: the test session has one cluster, and one run at a time."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+    return processes("RayTrainWorker")
+
+
+def processes(name: str) -> list[psutil.Process]:
+    """Those on this machine whose command line has `name`."""
+    return [p for p in psutil.process_iter(["cmdline"]) if name in " ".join(p.info["cmdline"] or [])]
 
 
 def checkpoints(run: Run) -> list[int]:

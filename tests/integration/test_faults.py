@@ -19,7 +19,7 @@ from service.domain import RunState
 from service.runs import Run
 from service.settings import Settings
 from tests.integration import small_runs
-from tests.integration.drivers import checkpoints, train_workers, training, trains
+from tests.integration.drivers import checkpoints, processes, train_workers, training, trains
 from tests.integration.place import ROOT, Place, base, losses, place, wait_until
 from tests.integration.stoppable_endpoint import Endpoint, endpoint
 
@@ -51,6 +51,20 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself_to_the_same_losses(place
     ledger_line(place, run)
     kept = storage.list_names(run.path("logs"))
     assert {"a1-rank-00000", "a1-rank-00001", "a2-rank-00000"} <= {name[:13] for name in kept}
+
+
+def test_a_run_whose_ray_train_controller_is_killed_goes_on_by_itself(place: Place) -> None:
+    """As by Ray's memory monitor, where a head has too little for all that leads its runs."""
+    with training(place, *LONG) as (run, driver):
+        wait_until(lambda: len(checkpoints(run)) > 0, "it has a checkpoint")
+        (controller,) = processes("ray::TrainController")
+        controller.send_signal(signal.SIGKILL)
+        output = driver.communicate(timeout=240)[0]
+    assert driver.returncode == 0, output[-3000:]
+    assert "a process of Ray Train that leads" in output and "Attempt 2 begins" in output, output[-3000:]
+    status = run.status()
+    assert (status.state, status.details["attempt"], status.step) == (RunState.SUCCEEDED, 2, 240)
+    ledger_line(place, run)
 
 
 def test_workers_that_die_again_and_again_without_a_checkpoint_end_the_run(place: Place) -> None:

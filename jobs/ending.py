@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 
@@ -11,10 +12,9 @@ from service import launcher
 from service.errors import ClusterError, LorayError
 
 GIVEN_UP = 130  # what shells say of Ctrl-C
-OPERATORS = "RAY_USAGE_STATS_KUBERAY_IN_USE"  # the operator sets it in the pods that it makes
+WORKER_PODS = "LORAY_WORKER_PODS"  # in the head of a RayJob: as many as the operator waits for
 READY_S = 60.0  # from a node's start until its pod's probes have said so, with room
 LOOK_EVERY_S = 2.0
-MOST_S = 3600.0
 
 
 def exit_code(error: LorayError | KeyboardInterrupt, console: Console) -> int:
@@ -27,34 +27,41 @@ def exit_code(error: LorayError | KeyboardInterrupt, console: Console) -> int:
 
 
 def stay_until_seen(console: Console) -> None:
-    """In a RayJob's pod, wait until the cluster's worker pods have become ready, MOST_S at most; elsewhere nothing.
+    """In a RayJob's pod, wait until all worker pods that were wanted at first have been ready; elsewhere nothing.
 
     Ray starts the driver as soon as the head is there, but the operator looks at it only once all pods were ready together. A
     driver that ends sooner takes the head's readiness along: however it ended, the job would stand in Initializing until
-    preRunningDeadlineSeconds are over, and then have failed.
+    preRunningDeadlineSeconds are over, when the operator ends this wait too.
     """
-    if not os.environ.get(OPERATORS):
+    if not (wanted := int(os.environ.get(WORKER_PODS, "0"))):
         return
-    deadline, told = time.monotonic() + MOST_S, False
+    told = False
     try:
-        launcher.connect()
-        while not _ready() and time.monotonic() < deadline:
+        while not ready(_starts(), wanted, time.time()):
             if not told:
                 console.print(
                     "Waiting for the worker pods: before they are there the operator sees no end.", highlight=False
                 )
                 told = True
             time.sleep(LOOK_EVERY_S)
-    except ClusterError as error:
+    except ClusterError as error:  # which must not change how the job ends
         console.print(f"The operator may not see this end: {error}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _ready() -> bool:
-    """Whether there are nodes for work, and all of them old enough."""
+def ready(starts: Sequence[float], wanted: int, now: float) -> bool:
+    """Whether `wanted` nodes have ever been there for READY_S. `starts` of all that have joined, gone ones too, and `now` in
+    seconds."""
+    return len(starts) >= wanted and sorted(starts)[wanted - 1] <= now - READY_S
+
+
+def _starts() -> list[float]:
+    launcher.connect()
     import ray
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made in Cython
-    from ray.core.generated.gcs_pb2 import GcsNodeInfo
+    from ray.exceptions import RayError
 
-    nodes = GcsClient(address=ray.get_runtime_context().gcs_address).get_all_node_info().values()
-    begun = [node.start_time_ms / 1000 for node in nodes if not node.is_head_node and node.state == GcsNodeInfo.ALIVE]
-    return bool(begun) and max(begun) < time.time() - READY_S
+    try:
+        nodes = GcsClient(address=ray.get_runtime_context().gcs_address).get_all_node_info().values()
+    except RayError as error:
+        raise ClusterError(f"Ray does not tell of its nodes: {error}") from error
+    return [node.start_time_ms / 1000 for node in nodes if not node.is_head_node]

@@ -43,7 +43,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as the command line says; the exit code. A failure's reason is printed last; a RayJob's attempt may wait then."""
+    """Run as the command line says; the exit code. A failure's reason is printed last, but for a RayJob's attempt that waits then."""
     given = parsed(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if differing := skew():

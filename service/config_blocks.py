@@ -318,7 +318,7 @@ class ScaleBlock(Block):
     workers: Annotated[int, Field(ge=1)] | WorkersBlock = 1
     strategy: Literal["ddp", "zero1", "zero2", "zero3"] = "ddp"
     offload: Literal["none", "optimizer", "all"] = "none"  # to host memory, under ZeRO; all: parameters too (zero3)
-    wait_s: float = Field(default=1800.0, ge=0)  # for the cluster to have the resources; --no-wait is 0
+    wait_s: float = Field(default=1800.0, ge=0, le=10_000_000)  # for the cluster to have the resources; --no-wait is 0
     max_failures: int = Field(default=3, ge=0)  # lost workers in a row, without a new checkpoint in between
     stall_s: float = Field(default=600.0, gt=0)  # without progress: every worker's stacks are written to its log
 

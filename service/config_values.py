@@ -14,9 +14,6 @@ import yaml
 
 from service.errors import ConfigError
 
-# A float as YAML 1.2 has it and PyYAML does not: `1e-4`. For add_implicit_resolver: tag, form, first letters.
-FLOAT = ("tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789"))
-
 
 def read_text(path: str, what: str, kind: str = "YAML") -> str:
     """The file's text, or ConfigError that says which file is missing or unreadable, and what `kind` of file is wanted."""
@@ -92,7 +89,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(*FLOAT)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:

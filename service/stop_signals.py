@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C at a driver: they ask for a stop in order, and nothing else happens in the handler."""
+"""SIGTERM and Ctrl-C at a driver: they ask for a stop in order."""
 
 from __future__ import annotations
 

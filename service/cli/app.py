@@ -234,7 +234,7 @@ def main() -> None:
     """The console script: loray's own errors become a message and an exit code, everything else is a bug and shows."""
     asked_at = time.time()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # ours say more, and --json is for machines
-    for_machines = "--json" in sys.argv or sys.argv[1:3] == ["k8s", "render"]
+    for_machines = ("--json" in sys.argv or sys.argv[1:3] == ["k8s", "render"]) and "--help" not in sys.argv
     try:
         with kept_for_documents() if for_machines else nullcontext():
             app(obj=asked_at)

@@ -28,6 +28,7 @@ LOOK_EVERY_S = 2.0
 TIMEOUT_S = (10.0, 30.0)  # to connect, and to wait for bytes
 QUIET_S = 60.0  # of a log that prints nothing, which may also be a connection that was dropped
 PATIENCE_S = 300.0  # with an API server that does not answer
+LAST_LOOKS = 5  # at a log that broke off, after the end
 SETTLE_S = 120.0  # for the operator to notice that a driver has ended
 PASSING = (429, 500, 502, 503, 504)  # answers that say nothing of what was asked
 REFUSALS = (401, 403)
@@ -61,10 +62,10 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class Submitter:
-    """The container that has begun to print an attempt's log, by its pod. It ends as the driver does."""
+    """The container that has begun to print an attempt's log, by its pod."""
 
     pod: str
-    exit_code: int | None  # None while it runs
+    exit_code: int | None  # None while it runs; 1 where Ray's job has failed, else 0, stopped or not
 
 
 class Kubernetes:
@@ -188,14 +189,15 @@ def follow(cluster: Kubernetes, name: str, echo: Callable[[str], None]) -> JobSt
             attempt = _Attempt(status.cluster)
         attempt.print_log(cluster, echo)
         if status.ended:
+            attempt.print_the_rest(cluster, echo)
             return status
         if status.state == "Initializing" and time.monotonic() - attempt.ended_at >= SETTLE_S:
-            ended = f"the driver has ended with exit code {attempt.exit_code}"
+            ended = f"the driver has ended, its submitter with exit code {attempt.exit_code}"
             echo(
                 f"RayJob {name}: {ended}. The operator has not noticed yet, because not all worker pods are there. See them: "
                 f"kubectl -n {cluster.namespace} get pods -l ray.io/cluster={attempt.cluster}\n"
             )
-            return replace(status, outcome="FAILED" if attempt.exit_code else "SUCCEEDED", reason=ended)
+            return replace(status, outcome=attempt.outcome, reason=ended)
         time.sleep(LOOK_EVERY_S)
 
 
@@ -228,12 +230,26 @@ class _Attempt:
     broken: bool = False  # told once
     exit_code: int | None = None
     ended_at: float = math.inf  # by our clock, when it was first seen
+    tail: str = ""  # the last letters
+
+    @property
+    def outcome(self) -> str:
+        """Of a submitter that has ended, as Ray names it; its last words tell success from a stop."""
+        return "FAILED" if self.exit_code else "SUCCEEDED" if "succeeded" in self.tail else "STOPPED"
+
+    def print_the_rest(self, kubernetes: Kubernetes, echo: Callable[[str], None]) -> None:
+        """After the end: the log to its end, where it has broken off on the way."""
+        for _ in range(LAST_LOOKS if self.broken or self.printed else 0):
+            if self.complete:
+                return
+            time.sleep(LOOK_EVERY_S)
+            self.print_log(kubernetes, echo)
 
     def print_log(self, kubernetes: Kubernetes, echo: Callable[[str], None]) -> None:
         """Print what is new in the driver's log, until that ends, breaks off or is quiet; to be called again.
 
-        The API gives it from its beginning each time, and what was printed is skipped: no line comes twice. Once the kubelet
-        has rotated the log (at 10 MiB), that hides new lines too, until there are more than were printed.
+        The API gives it from its beginning each time, and what was printed is skipped: no line comes twice. A log that is shorter
+        than what was printed was rotated by the kubelet (at 10 MiB): what it has is passed over, and told to be.
         """
         if self.complete or not self.cluster:
             return
@@ -249,7 +265,10 @@ class _Attempt:
                 sent += len(text)
                 if new:
                     echo(new)
-                    self.printed = sent
+                    self.printed, self.tail = sent, (self.tail + new)[-500:]
+            if sent < self.printed:
+                echo("\n... the log was rotated: lines are missing here, the run's directory has them ...\n")
+                self.printed = sent
             self.complete = submitter.exit_code is not None  # the stream of a running one may end on the way
         except ClusterError as error:
             if not self.broken:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ import yaml
 from service import storage
 from service.base_models import BUNDLED
 from service.config import KubernetesBlock, LoraBlock, ResolvedRun, RunConfig, load_run, report
-from service.config_values import FLOAT
 from service.data import hub
 from service.errors import ConfigError
 from service.launcher import stage_files
@@ -105,13 +105,16 @@ class _Readable(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """Line by line, but for text with the line breaks that only YAML knows: they would be read as other ones."""
-    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else "|" if "\n" in text else None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    """Line by line. Quoted where a reader may find something else: line breaks that only YAML knows, and what YAML 1.1, kubectl
+    or our own reader take for a number or a truth."""
+    breaks = any(letter in text for letter in "\x85\u2028\u2029")
+    if "\n" in text and not breaks:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|")
+    other = breaks or re.match(r"[-+.]?\d|[yYnN]$", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if other else None)
 
 
 _Readable.add_representer(str, _text)
-_Readable.add_implicit_resolver(*FLOAT)  # text that a run file's reader would take for a number is quoted
 
 
 def as_yaml(documents: list[Manifest]) -> str:
@@ -234,6 +237,9 @@ def _ray_job(name: str, run_id: str, config: RunConfig, pods: Pods) -> Manifest:
     _give_cache(head, pods.head_cache_gib)
     _fill_in(group["template"], name, version, kubernetes, pods)
     _size(group, kubernetes, pods)
+    for template in (head, group["template"]):
+        variables = {variable["name"]: variable for variable in template["spec"]["containers"][0]["env"]}
+        variables["LORAY_WORKER_PODS"]["value"] = str(group["replicas"])
     return job
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from jobs.ending import OPERATORS
+from jobs.ending import WORKER_PODS
 from service.base_models import BUNDLED
 from service.config import load_run
 from service.domain import ModelRef, RunState
@@ -240,9 +240,10 @@ def test_an_attempt_does_not_end_before_its_pods_are_ready(place: Place, nodes: 
 
     new = add_node(nodes, 14)
     try:
-        waited = printed(20.0, **{OPERATORS: "1"})
+        there = sum(1 for node in nodes.list_all_nodes() if node is not nodes.head_node)
+        waited = printed(20.0, **{WORKER_PODS: str(there)})
         assert waited[0].startswith("Waiting for the worker pods") and waited[-1] == "over"
-        assert printed(0.0, **{OPERATORS: "1"}) == ["over"], "they have been ready for long"
+        assert printed(0.0, **{WORKER_PODS: str(there)}) == ["over"], "they have been ready for long"
         assert printed(3600.0) == ["over"], "this is no pod"
     finally:
         nodes.remove_node(new)

@@ -30,9 +30,20 @@ def problems(documents: Sequence[Manifest]) -> list[str]:
         head = cluster["headGroupSpec"]["template"]["metadata"].get("annotations", {})
         if document["kind"] == "RayJob" and head.get(SAFE_TO_EVICT) != "false":
             found.append(f"{called(document)}: the head may be evicted, which costs an attempt")
+        if document["kind"] == "RayJob":
+            found += [f"{called(document)}: {line}" for line in _waits_for(cluster)]
         for name, group in groups(document):
             found += [f"{called(document)}, {name}: {line}" for line in _object_store(group)]
     return found
+
+
+def _waits_for(cluster: Manifest) -> Iterator[str]:
+    """A driver that is over sooner than its pods are there waits for as many as the operator."""
+    (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    told = [variable["value"] for variable in head["env"] if variable["name"] == "LORAY_WORKER_PODS"]
+    replicas = sum(group["replicas"] for group in cluster["workerGroupSpecs"])
+    if told != [str(replicas)]:
+        yield f"LORAY_WORKER_PODS is {told}, and there are {replicas} replicas"
 
 
 def _autoscaler(cluster: Manifest) -> Iterator[str]:

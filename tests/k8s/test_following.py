@@ -112,13 +112,14 @@ def test_a_log_that_breaks_off_is_taken_up_where_it_was(then: Any, api: FakeApi)
         assert "".join(part for part in printed if not part.startswith("RayJob")) == "".join(LINES)
 
 
-def test_a_log_that_was_rotated_prints_nothing_twice(api: FakeApi) -> None:
-    api.streams = [Stream("".join(lines)) for lines in (LINES[:3], LINES[2:3], LINES[2:], LINES[:3])]
+def test_a_log_that_was_rotated_is_told_to_be_and_goes_on(api: FakeApi) -> None:
+    api.streams = [Stream("".join(lines)) for lines in (LINES[:3], LINES[2:3], LINES[2:], LINES[2:])]
     api.script = [RUNNING, RUNNING, RUNNING, COMPLETE]
     printed: list[str] = []
     follow(printed)
     text = "".join(printed)
-    assert [text.count(line) for line in LINES[:3]] == [1, 1, 1]
+    assert [text.count(line) for line in LINES] == [1, 1, 1, 1]
+    assert text.count("the log was rotated") == 1
 
 
 def test_the_log_of_a_driver_that_has_ended_is_read_to_its_end_once(api: FakeApi) -> None:
@@ -129,6 +130,15 @@ def test_the_log_of_a_driver_that_has_ended_is_read_to_its_end_once(api: FakeApi
     follow(printed)
     assert "".join(printed).count(LINES[-1]) == 1
     assert sum(request.endswith("/log") for request in api.requests) == 1
+
+
+def test_a_log_that_breaks_off_at_the_very_end_is_read_to_it(api: FakeApi) -> None:
+    api.streams = [Stream(LINES[0], "closed"), Stream("".join(LINES))]
+    api.script, api.exit_code = [COMPLETE], 0
+    printed: list[str] = []
+    follow(printed)
+    text = "".join(printed)
+    assert [text.count(line) for line in LINES] == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("first", [Stream(LINES[0], "silent"), "silent"], ids=["after a line", "before any"])
@@ -144,17 +154,21 @@ def test_states_are_told_while_the_log_is_quiet(
     assert "".join(part for part in printed if not part.startswith("RayJob")) == "".join(LINES), "and nothing else"
 
 
-@pytest.mark.parametrize(("exit_code", "outcome"), [(0, "SUCCEEDED"), (3, "FAILED")])
+@pytest.mark.parametrize(("exit_code", "outcome"), [(0, "succeeded"), (0, "was stopped"), (1, "failed")])
 def test_a_driver_whose_end_the_operator_does_not_notice_is_the_outcome(
     exit_code: int, outcome: str, api: FakeApi
 ) -> None:
-    api.exit_code, api.log = exit_code, "".join(LINES)
+    """`ray job submit` ends with 1 where the job has failed, and else with 0; it says which as its last words."""
+    api.exit_code, api.log = exit_code, "".join([*LINES, f"Job 'tickets-abcde' {outcome}\n"])
     api.script = [*[INITIALIZING] * 100, DEADLINE]
     printed: list[str] = []
     status = follow(printed)
-    assert (status.state, status.outcome) == ("Initializing", outcome)
+    assert (status.state, status.outcome) == ("Initializing", outcome.split()[-1].upper())
     text = "".join(printed)
-    assert text.count(f"the driver has ended with exit code {exit_code}. The operator has not noticed yet") == 1
+    assert (
+        text.count(f"the driver has ended, its submitter with exit code {exit_code}. The operator has not noticed yet")
+        == 1
+    )
     assert "kubectl -n loray get pods -l ray.io/cluster=a\n" in text
     assert text.count(LINES[-1]) == 1
 
@@ -179,10 +193,10 @@ def test_training_ends_as_a_driver_that_the_operator_does_not_notice(
         return name, [{"metadata": {"name": name}, "spec": {}} for _ in range(3)]
 
     monkeypatch.setattr(cli, "_planned", planned)
-    api.script, api.exit_code = [*[INITIALIZING] * 100, DEADLINE], 0
+    api.script, api.exit_code, api.log = [*[INITIALIZING] * 100, DEADLINE], 0, "Job 'r' succeeded\n"
     cli.train_on_kubernetes(resolved, settings, detach=False)
-    api.script, api.exit_code = [*[INITIALIZING] * 100, DEADLINE], 3
-    with pytest.raises(TrainingError, match=r"ended Initializing \(.* exit code 3\), Ray's job FAILED"):
+    api.script, api.exit_code = [*[INITIALIZING] * 100, DEADLINE], 1
+    with pytest.raises(TrainingError, match=r"ended Initializing \(.* exit code 1\), Ray's job FAILED"):
         cli.train_on_kubernetes(resolved, settings, detach=False)
 
 

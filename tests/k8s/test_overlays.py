@@ -324,4 +324,6 @@ def test_the_workers_of_a_run_are_a_line(build: Build, tmp_path: Path) -> None:
     (job,) = of_kind(build(directory), "RayJob")
     (group,) = cluster_spec(job)["workerGroupSpecs"]
     assert group["replicas"] == 4
+    (head,) = cluster_spec(job)["headGroupSpec"]["template"]["spec"]["containers"]
+    assert {"name": "LORAY_WORKER_PODS", "value": "4"} in head["env"], "it follows"
     assert operator_rules.problems(job) == []

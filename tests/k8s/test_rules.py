@@ -203,6 +203,7 @@ UNFIT: Mapping[str, tuple[Break, str]] = {
     "no token authentication": (without("spec.rayClusterSpec.authOptions"), "token authentication is not on"),
     "a head with work": (without(f"{HEAD}.rayStartParams.num-cpus"), "the head takes work"),
     "no shared memory": (set_at(f"{GROUP}.template.spec.volumes.3", {"name": "shared-memory", "emptyDir": {}}), "no shared memory"),
+    "fewer pods waited for than wanted": (set_at(f"{GROUP}.replicas", 3), "LORAY_WORKER_PODS is ['2'], and there are 3 replicas"),
     "no disk asked for": (set_at(f"{WORKER}.resources.requests", {"cpu": "1", "memory": "6Gi"}), "asks for no disk"),
     "no place to write": (set_at(f"{WORKER}.volumeMounts.0.mountPath", "/data"), "cannot write where"),
     "no way to leave": (without(f"{WORKER}.lifecycle"), "does not leave the cluster in order"),

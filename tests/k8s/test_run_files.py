@@ -93,6 +93,7 @@ def test_sizes_places_and_image_are_the_run_files(tmp_path: Path) -> None:
         for spec in (head, pod) for volume in spec["volumes"] if volume["name"] == "cache"
     ]  # fmt: skip
     assert disks == [("35Gi", "30Gi"), ("65Gi", "60Gi")]
+    assert {"name": "LORAY_WORKER_PODS", "value": "1"} in head["containers"][0]["env"], "as many as replicas"
     assert job["spec"]["preRunningDeadlineSeconds"] == 1800 + 600, "longer than the driver waits for workers"
 
 

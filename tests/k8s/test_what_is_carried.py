@@ -255,3 +255,9 @@ def test_labels_as_nodes_have_them_are_taken() -> None:
 def test_a_missing_file_is_told_with_what_kind_of_file_is_wanted(here: Path) -> None:
     with pytest.raises(ConfigError, match=rf"model.chat_template 'none' does not exist under {here}. .* a Jinja file"):
         read_text("none", "model.chat_template", "Jinja")
+
+
+@pytest.mark.parametrize("text", ["y", "N", "08", "0o14", "0X1F", "1e5", "-1", ".5", "true", "null", "0.1.0"])
+def test_text_that_kubectl_would_take_for_something_else_is_quoted(text: str) -> None:
+    """It reads YAML 1.1, and more bases than PyYAML."""
+    assert as_yaml([{"nodes": {"pool": text}}]) in (f'nodes:\n  pool: "{text}"\n', f"nodes:\n  pool: '{text}'\n")

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 
 from service import launcher
 from service.errors import ClusterError, LorayError
+from service.versions import skew
 
 GIVEN_UP = 130  # what shells say of Ctrl-C
 WORKER_PODS = "LORAY_WORKER_PODS"  # in the head of a RayJob: as many as the operator waits for
 READY_S = 60.0  # from a node's start until its pod's probes have said so, with room
 LOOK_EVERY_S = 2.0
+
+
+def ended(work: Callable[[Console], None], *, rayjob: bool) -> int:
+    """Do a job's work and print of it; the exit code. A failure's reason is printed last, unless an attempt of a RayJob waits."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if differing := skew():
+        console.print(differing, highlight=False, soft_wrap=True, style="yellow")
+    try:
+        work(console)
+        code = 0
+    except (LorayError, KeyboardInterrupt) as error:
+        code = exit_code(error, console)
+    if rayjob and code != GIVEN_UP:
+        stay_until_seen(console)
+    return code
 
 
 def exit_code(error: LorayError | KeyboardInterrupt, console: Console) -> int:
@@ -37,7 +54,9 @@ def stay_until_seen(console: Console) -> None:
         return
     told = False
     try:
-        while not ready(_starts(), wanted, time.time()):
+        for starts in _starts():
+            if ready(starts, wanted, time.time()):
+                return
             if not told:
                 console.print(
                     "Waiting for the worker pods: before they are there the operator sees no end.", highlight=False
@@ -54,14 +73,15 @@ def ready(starts: Sequence[float], wanted: int, now: float) -> bool:
     return len(starts) >= wanted and sorted(starts)[wanted - 1] <= now - READY_S
 
 
-def _starts() -> list[float]:
+def _starts() -> Iterator[list[float]]:
+    """When the nodes for work started that have joined so far, gone ones too, look by look."""
     launcher.connect()
-    import ray
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made in Cython
     from ray.exceptions import RayError
 
-    try:
-        nodes = GcsClient(address=ray.get_runtime_context().gcs_address).get_all_node_info().values()
-    except RayError as error:
-        raise ClusterError(f"Ray does not tell of its nodes: {error}") from error
-    return [node.start_time_ms / 1000 for node in nodes if not node.is_head_node]
+    gcs = launcher.gcs_client()
+    while True:
+        try:
+            nodes = gcs.get_all_node_info().values()
+        except RayError as error:
+            raise ClusterError(f"Ray does not tell of its nodes: {error}") from error
+        yield [node.start_time_ms / 1000 for node in nodes if not node.is_head_node]

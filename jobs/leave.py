@@ -48,13 +48,11 @@ def leave(node_id: str, within_s: float) -> bool:
 
     Raises ClusterError where the head does not take it.
     """
-    import ray
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made in Cython
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
     from ray.exceptions import RpcError
 
     deadline = time.time() + within_s
-    gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
+    gcs = launcher.gcs_client()
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
     try:
         accepted, why_not = gcs.drain_node(node_id, reason, "its pod is being stopped", int(deadline * 1000))

@@ -17,12 +17,10 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.ending import GIVEN_UP, exit_code, stay_until_seen
+from jobs.ending import ended
 from service.config_values import read_text
 from service.domain import RunState
-from service.errors import LorayError
 from service.settings import load_settings
-from service.versions import skew
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -43,22 +41,16 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run as the command line says; the exit code. A failure's reason is printed last, but for a RayJob's attempt that waits then."""
+    """Run as the command line says; the exit code."""
     given = parsed(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    if differing := skew():
-        console.print(differing, highlight=False, soft_wrap=True, style="yellow")
-    try:
+
+    def work(console: Console) -> None:
         if given.sweep_id_file:
             begin_or_go_on(given.sweep_file, given.sweep_id_file, given.set, console)
         else:
             run(given.sweep_file, given.resume, given.set, console)
-        code = 0
-    except (LorayError, KeyboardInterrupt) as error:
-        code = exit_code(error, console)
-    if given.sweep_id_file and code != GIVEN_UP:
-        stay_until_seen(console)
-    return code
+
+    return ended(work, rayjob=given.sweep_id_file is not None)
 
 
 def run(sweep_file: str | None, resume: str | None, overrides: Sequence[str], console: Console) -> None:

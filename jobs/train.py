@@ -19,13 +19,11 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from jobs.ending import GIVEN_UP, exit_code, stay_until_seen
+from jobs.ending import ended
 from service.config import load_run, read_text, run_from_json
 from service.domain import RunState
-from service.errors import LorayError
 from service.launcher import NO_WAIT
 from service.settings import load_settings
-from service.versions import skew
 
 
 def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -54,23 +52,13 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as the command line says; the exit code. A failure's reason is printed last, but for a RayJob's attempt that waits then."""
+    """Train as the command line says; the exit code."""
     given = parsed(arguments)
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    try:
-        train(given, console)
-        code = 0
-    except (LorayError, KeyboardInterrupt) as error:
-        code = exit_code(error, console)
-    if given.run_id_file and code != GIVEN_UP:
-        stay_until_seen(console)
-    return code
+    return ended(lambda console: train(given, console), rayjob=given.run_id_file is not None)
 
 
 def train(given: argparse.Namespace, console: Console) -> None:
     """Begin a run, or go on with one, and wait for its end."""
-    if differing := skew():
-        console.print(differing, highlight=False, soft_wrap=True, style="yellow")
     settings = load_settings()
     resolved = load_run(given.run_file, given.set) if given.run_file else None
     from service.training import repeats

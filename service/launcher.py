@@ -111,6 +111,14 @@ def connect() -> None:
         raise ClusterError(f"Ray could not be reached or started at {address!r}: {error}") from error
 
 
+def gcs_client() -> Any:
+    """A client of the connected cluster's GCS, for what Ray's public calls do not tell. Its calls raise RpcError."""
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # made in Cython
+
+    return GcsClient(address=ray.get_runtime_context().gcs_address)
+
+
 def train_command(
     run_id: str, overrides: Sequence[str], *, run_file: str | None, profile: bool, asked_at: float
 ) -> list[str]:

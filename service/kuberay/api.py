@@ -81,10 +81,10 @@ class Kubernetes:
         # Not urllib3's three: they come at once, make each timeout four, and print a warning. read=False: such errors come as
         # they are, not as a MaxRetryError.
         settings.retries = Retry(0, read=False)
-        file = os.environ.get("KUBECONFIG") or "~/.kube/config"
+        named, usual = os.environ.get("KUBECONFIG"), "~/.kube/config"
         try:
-            if os.environ.get("KUBECONFIG") or Path(file).expanduser().exists():
-                config.load_kube_config(file, client_configuration=settings)
+            if named or Path(usual).expanduser().exists():
+                config.load_kube_config(named or usual, client_configuration=settings)
             else:  # config.load_config does the same, and prints that it does
                 config.load_incluster_config(client_configuration=settings)
         except config.ConfigException as error:

@@ -238,9 +238,12 @@ def _ray_job(name: str, run_id: str, config: RunConfig, pods: Pods) -> Manifest:
     _fill_in(group["template"], name, version, kubernetes, pods)
     _size(group, kubernetes, pods)
     for template in (head, group["template"]):
-        variables = {variable["name"]: variable for variable in template["spec"]["containers"][0]["env"]}
-        variables["LORAY_WORKER_PODS"]["value"] = str(group["replicas"])
+        _named(template["spec"]["containers"][0]["env"], "LORAY_WORKER_PODS")["value"] = str(group["replicas"])
     return job
+
+
+def _named(items: list[Manifest], name: str) -> Manifest:
+    return next(item for item in items if item["name"] == name)
 
 
 def _template() -> Manifest:
@@ -261,14 +264,12 @@ def _fill_in(template: Manifest, name: str, version: str, kubernetes: Kubernetes
     template["metadata"]["labels"][RUN_LABEL] = name
     template["metadata"]["annotations"][ANNOTATION] = version
     template["spec"]["containers"][0]["image"] = kubernetes.image or f"loray:{version}{'-cuda' if pods.gpus else ''}"
-    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-    volumes["run"]["configMap"]["name"] = name
+    _named(template["spec"]["volumes"], "run")["configMap"]["name"] = name
 
 
 def _give_cache(template: Manifest, gib: int) -> None:
     """The limit of its volume, and a node that has the room, with some for logs and packages."""
-    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
-    volumes["cache"]["emptyDir"]["sizeLimit"] = f"{gib}Gi"
+    _named(template["spec"]["volumes"], "cache")["emptyDir"]["sizeLimit"] = f"{gib}Gi"
     template["spec"]["containers"][0]["resources"]["requests"]["ephemeral-storage"] = f"{gib + _LOGS_GIB}Gi"
 
 
@@ -291,6 +292,5 @@ def _size(group: Manifest, kubernetes: KubernetesBlock, pods: Pods) -> None:
     _give_cache(group["template"], pods.cache_gib)
     if kubernetes.nodes:
         spec["nodeSelector"] = dict(kubernetes.nodes)
-    volumes = {volume["name"]: volume for volume in spec["volumes"]}
-    volumes["shared-memory"]["emptyDir"]["sizeLimit"] = f"{pods.shared_gib}Gi"
+    _named(spec["volumes"], "shared-memory")["emptyDir"]["sizeLimit"] = f"{pods.shared_gib}Gi"
     group["rayStartParams"]["object-store-memory"] = str(pods.shared_gib * _GIB // 2)  # the other half is NCCL's

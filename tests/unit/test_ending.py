@@ -35,7 +35,7 @@ def test_the_wait_ends_with_the_pods_and_is_told_once(
     looks = iter([[], [0.0], [0.0, 0.0]])
     monkeypatch.setenv(ending.WORKER_PODS, "2")
     monkeypatch.setattr(ending, "LOOK_EVERY_S", 0.0)
-    monkeypatch.setattr(ending, "_starts", lambda: next(looks))
+    monkeypatch.setattr(ending, "_starts", lambda: looks)
     ending.stay_until_seen(Console())
     assert capsys.readouterr().out.count("Waiting for the worker pods") == 1
     assert next(looks, None) is None, "it has looked until both were there"
@@ -61,7 +61,7 @@ def test_an_attempt_of_a_rayjob_waits_however_it_ends_and_other_jobs_do_not(
     job: ModuleType, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[str] = []
-    monkeypatch.setattr(job, "stay_until_seen", lambda console: waited.append(capsys.readouterr().out))
+    monkeypatch.setattr(ending, "stay_until_seen", lambda console: waited.append(capsys.readouterr().out))
     monkeypatch.setenv("LORAY_HOME", str(tmp_path / "home"))
     id_file = tmp_path / "id"
     id_file.write_text("20260101-000000-small-0001\n")

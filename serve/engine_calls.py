@@ -14,19 +14,20 @@ import secrets
 import uuid
 from typing import Any
 
-from ray.exceptions import TaskCancelledError
+from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from serve.openai_api import Ask
 from serve.outbox import IDLE_S
 from serve.parts import Part, Started
 from serve.routing import Target
-from service.errors import BusyError, ClusterError
+from service.errors import BusyError, ClusterError, WorkerLostError
 
 MAX_TRIES = 5  # replicas that say they have no stream, for one request
 SILENCE_S = 3 * IDLE_S  # a replica with requests is never silent for longer than IDLE_S: its node is gone
 LEAVING_S = 1.0  # Serve cancels the calls of a client that has left before it cancels who waits for them
 LAST_PARTS_S = 30.0  # between the end of a call and the last parts, on their way through the stream
+_LOST = "the engine's replica was lost while it answered. Send the request again."
 _log = logging.getLogger(__name__)
 
 
@@ -110,7 +111,10 @@ class EngineCalls:
         self._num_streams = 0
 
     async def ask(self, ask: Ask, target: Target, epoch: int) -> tuple[Answering, Started]:
-        """Send a request to a replica. Raises what is wrong with it; parts come once it has started."""
+        """Send a request to a replica. Raises what is wrong with it; parts come once it has started.
+
+        WorkerLostError, here or instead of a part: the replica was lost, and the same may be asked of another.
+        """
         request, answering = uuid.uuid4().hex, Answering(len(ask.prompts), ask.n)
         self._answering[request] = answering
         answering.task = asyncio.create_task(self._carry(request, answering, ask, target, epoch))
@@ -141,7 +145,7 @@ class EngineCalls:
             if (task := asyncio.current_task()) and task.cancelling():
                 raise
             await asyncio.sleep(LEAVING_S)
-            answering.fail(ClusterError("the engine gave the request up: it was not heard. Send it again."))
+            answering.fail(WorkerLostError("the engine gave the request up: it was not heard. Send it again."))
         except Exception as error:
             answering.fail(_ours(error))
         finally:
@@ -187,7 +191,7 @@ class EngineCalls:
         if lost:
             _log.warning("%d requests are lost with the stream of replica %s: %s", len(lost), replica, reason)
         for answering in lost:
-            answering.fail(ClusterError("the engine's replica was lost while it answered. Send the request again."))
+            answering.fail(WorkerLostError(_LOST))
             answering.cancel()
 
 
@@ -197,6 +201,8 @@ def _ours(error: Exception) -> Exception:
         return BusyError("the endpoint is full: no more requests can wait. Send it again in a second.")
     if isinstance(error, DeploymentUnavailableError):
         return ClusterError("the engine is down or being replaced. Try again in some seconds.")
+    if isinstance(error, RayActorError):
+        return WorkerLostError(_LOST)
     return error
 
 
@@ -205,4 +211,4 @@ async def _last_parts(answering: Answering) -> None:
         async with asyncio.timeout(LAST_PARTS_S):
             await answering.is_whole.wait()
     except TimeoutError:
-        raise ClusterError("the end of the answer was lost on its way. Send the request again.") from None
+        raise WorkerLostError("the end of the answer was lost on its way. Send the request again.") from None

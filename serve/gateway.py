@@ -8,6 +8,7 @@ desired state (`desired.py`), answers made by the engine deployment (`replica.py
 # No `from __future__ import annotations`: ray_serve.ingress rebuilds these methods, and FastAPI must see real types.
 import asyncio
 import functools
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -35,12 +36,13 @@ from serve.registration import Registration, follow, from_uri, parse_wanted, reg
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
 from service.domain import ModelRef
-from service.errors import ClusterError, ModelError, NotFoundError, RequestError
+from service.errors import ClusterError, ModelError, NotFoundError, RequestError, WorkerLostError
 from service.registry import Registry
 
 ROUTES_AGE_S = 2.0  # they are read every second
 _WAIT_EVERY_S = 0.1
 _PARSED_HERE_BYTES = 65_536
+_log = logging.getLogger(__name__)
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
 http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
 
@@ -115,7 +117,22 @@ class Gateway:
             target, epoch = await self._target(ask.model, request.headers, ask.about)
             if target.split is not None and not target.has_key:
                 self._metrics.keyless(target.split)
+        except Exception as error:
+            self._metrics.refused(status_of(error))
+            raise
+        try:
+            return await self._answer(ask, target, epoch, since, headers)
+        except WorkerLostError as error:  # nothing has gone out to the client
+            _log.warning("a request is sent once more: %s", error)
+            return await self._answer(ask, target, epoch, since, headers)
+
+    async def _answer(self, ask: Ask, target: Target, epoch: int, since: float, headers: Mapping[str, str]) -> Response:
+        """The engine's answer: complete, or a stream that has begun. Raises what is wrong with the request, or WorkerLostError."""
+        try:
             parts, started = await self._engines.ask(ask, target, epoch)
+        except WorkerLostError:
+            self._metrics.lost()
+            raise
         except Exception as error:
             self._metrics.refused(status_of(error))
             raise
@@ -123,10 +140,10 @@ class Gateway:
         stream = self._metrics.observed(parts, started, series, since, ask.n)
         name = f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
         answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat, target.split, target.arm)
-        headers |= answer.headers()
+        told = {**headers, **answer.headers()}
         if ask.stream:
-            return Events(stream, ask, answer, started, headers)
-        return JSONResponse(await completion(stream, ask, answer, started), headers=headers)
+            return Events(stream, ask, answer, started, told)
+        return JSONResponse(await completion(stream, ask, answer, started), headers=told)
 
     @http.get("/metrics")
     async def metrics(self, request: Request) -> Response:

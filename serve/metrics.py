@@ -43,6 +43,7 @@ class Metrics:
         self._refused = Counter(
             "loray_refused_requests", "Requests refused before anybody answered.", ("status",), **made
         )
+        self._lost = Counter("loray_lost_requests", "Times that a replica was lost before a request began.", **made)
         self._running = Gauge("loray_requests_in_flight", "Requests being answered.", _LABELS, **made)
         self._first = Histogram("loray_time_to_first_token_seconds", "", _LABELS, buckets=_TTFT_S, **made)
         self._gaps = Histogram(
@@ -59,6 +60,10 @@ class Metrics:
     def refused(self, status: int) -> None:
         """A request was answered with an error before it had begun."""
         self._refused.labels(str(status)).inc()
+
+    def lost(self) -> None:
+        """A request's replica was lost before it had begun; it may have been sent once more."""
+        self._lost.inc()
 
     def now(self) -> float:
         """The clock, in seconds."""

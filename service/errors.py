@@ -82,7 +82,7 @@ class ClusterError(LorayError, RuntimeError):
 
 
 class WorkerLostError(ClusterError):
-    """A process of the run was killed, or its node went away; nothing in the run itself was wrong."""
+    """The process that worked on it was killed, or its node went away; nothing in the run or request itself was wrong."""
 
 
 class TrainingError(LorayError, RuntimeError):

@@ -64,7 +64,7 @@ def nodes(ray_environment: dict[str, str]) -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     directory = tempfile.mkdtemp(prefix="lr-", dir="/tmp")
-    Path("/tmp/ray").mkdir(exist_ok=True)  # Cluster writes its address there whatever temp_dir is
+    Path(directory).with_name("ray").mkdir(exist_ok=True)  # Cluster writes its address there whatever temp_dir is
     # The state API needs the dashboard: without it Ray Train's placement groups leak.
     head = {"num_cpus": 0, "include_dashboard": True, "temp_dir": directory, "dashboard_port": 0}
     cluster = Cluster(initialize_head=True, head_node_args=head)

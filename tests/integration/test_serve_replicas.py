@@ -1,10 +1,12 @@
-"""Two replicas of one endpoint: both converge to what is wanted, and one that is killed takes nobody else with it."""
+"""Two replicas of one endpoint: both converge to what is wanted, and one that is killed ends no more than the streams that it
+had begun."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ import pytest
 from service.config import ServeConfig
 from service.registry import Registry
 from service.settings import Settings
-from tests.integration.serving import HELLO, Endpoint, clear, free_port, served, wait_until
+from tests.integration.serving import DEADLINE_S, HELLO, Endpoint, clear, free_port, served, wait_until
 
 pytest_plugins = ("tests.integration.serving_fixtures",)
 pytestmark = [
@@ -27,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20"),  # importing ray.serve 2.60
 ]
-NUM_STREAMS, NUM_ANSWERS = 6, 16
+NUM_STREAMS, NUM_ANSWERS = 2, 16
 STEADY_S = 4.0  # the router hears of residents once a second, through Serve's controller
 
 
@@ -124,28 +126,41 @@ def test_a_killed_replica_ends_its_own_streams_only_and_its_successor_converges(
     (victim,) = (replica for replica, resident in before.items() if resident == {"red"})
     assert len(pids) == 2
 
+    begun = threading.Event()
+
+    def body(name: str, n: int = NUM_ANSWERS) -> Any:
+        return {"model": f"{name}@1", "messages": HELLO, "max_tokens": 200, "temperature": 0, "n": n}
+
+    def whole(n: int) -> list[str | None]:
+        return [one.message.content for one in pair.client.chat.completions.create(**body("red", n)).choices]
+
     def stream(name: str) -> list[str] | Exception:
-        body: Any = {"model": f"{name}@1", "messages": HELLO, "max_tokens": 200, "temperature": 0}
         texts = [""] * NUM_ANSWERS
         try:
-            for chunk in pair.client.chat.completions.create(**body, stream=True, n=NUM_ANSWERS):
+            for chunk in pair.client.chat.completions.create(**body(name), stream=True):
+                if name == "red":
+                    begun.set()
                 for choice in chunk.choices:
                     texts[choice.index] += choice.delta.content or ""
         except (openai.APIError, httpx.HTTPError) as error:
             return error
         return texts
 
-    def waiting() -> list[int]:
-        return [replica["waiting"] for replica in pair.http.get("/v1/adapters").json()["replicas"].values()]
-
-    with ThreadPoolExecutor(NUM_STREAMS) as pool:
-        streams = {name: [pool.submit(stream, name) for _ in range(NUM_STREAMS // 2)] for name in names}
-        # Two of the three streams of each would be fewer than this.
-        wait_until(lambda: min(waiting()) > (NUM_STREAMS // 2 - 1) * NUM_ANSWERS, "each replica has its three streams")
+    with ThreadPoolExecutor() as pool:
+        streams = {"wide": [pool.submit(stream, "wide") for _ in range(NUM_STREAMS)]}
+        wholes = [pool.submit(whole, NUM_ANSWERS)]
+        time.sleep(0.3)  # it is the first in red's line, and has half of its rows to go when the next one begins
+        streams["red"] = [pool.submit(stream, "red") for _ in range(NUM_STREAMS)]
+        wholes.append(pool.submit(whole, 1))
+        assert begun.wait(DEADLINE_S) and not wholes[0].done()
         os.kill(pids[victim.rpartition("-")[2]], signal.SIGKILL)
         ends = {name: [one.result() for one in streams[name]] for name in names}
-    assert all(isinstance(end, Exception) for end in ends["red"]), "no answer is cut short without an error"
-    assert ends["wide"] == [[expected["wide"]] * NUM_ANSWERS] * (NUM_STREAMS // 2)
+        answers = [one.result() for one in wholes]
+    cut_short = [end for end in ends["red"] if isinstance(end, Exception)]
+    assert cut_short, "a stream that has begun cannot begin anew"
+    assert all(end == [expected["red"]] * NUM_ANSWERS for end in ends["red"] if end not in cut_short)
+    assert answers == [[expected["red"]] * NUM_ANSWERS, [expected["red"]]], "of these the client had nothing yet"
+    assert ends["wide"] == [[expected["wide"]] * NUM_ANSWERS] * NUM_STREAMS
     pair.http.delete("/v1/adapters/wide").raise_for_status()
     for _ in range(8):
         assert pair.ask("red@1", max_tokens=200) == expected["red"]

@@ -15,7 +15,7 @@ from serve.openai_api import Ask, parse_chat
 from serve.outbox import Batch, Outboxes
 from serve.parts import Part, Started, Taken
 from serve.routing import Target
-from service.errors import BusyError, ClusterError, RequestError
+from service.errors import BusyError, ClusterError, RequestError, WorkerLostError
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::pydantic.warnings.PydanticDeprecatedSince20"
@@ -232,7 +232,7 @@ def test_requests_that_nobody_hears_any_more_fail_and_are_cancelled() -> None:
         answering, _ = await calls.ask(ask(), BASE, 0)
         assert (await anext(answering)).text == "half"
         handle.streams[0].cancel()  # the stream alone breaks
-        with pytest.raises(ClusterError):
+        with pytest.raises(WorkerLostError):
             await anext(answering)
         await replica.cancelled.wait()
         await until(lambda: calls._answering == {})
@@ -240,6 +240,19 @@ def test_requests_that_nobody_hears_any_more_fail_and_are_cancelled() -> None:
         assert await text_of(calls) == {0: "0 1 2 3 4 "}, "the next one opens another"
 
     run(test, for_ever)
+
+
+def test_a_replica_that_dies_is_told_from_what_is_wrong_with_a_request() -> None:
+    from ray.exceptions import ActorDiedError
+
+    async def die(say: Say) -> None:
+        raise ActorDiedError
+
+    async def test(calls: Any, handle: Handle, replica: Replica) -> None:
+        with pytest.raises(WorkerLostError, match="Send the request again"):
+            await text_of(calls)
+
+    run(test, die)
 
 
 def test_a_replica_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +263,7 @@ def test_a_replica_that_falls_silent_is_given_up(monkeypatch: pytest.MonkeyPatch
     async def test(calls: Any, handle: Handle, replica: Replica) -> None:
         answering, _ = await calls.ask(ask(), BASE, 0)
         assert (await anext(answering)).text == "half"
-        with pytest.raises(ClusterError, match="lost"):
+        with pytest.raises(WorkerLostError, match="lost"):
             await anext(answering)
         await until(lambda: calls._streams == {} and calls._answering == {})
 

@@ -58,18 +58,19 @@ class Run:
         for _ in range(_ATTEMPTS if id is None else 1):
             run = cls(home, check_id(id) if id is not None else new_id(home, name))
             try:
-                storage.create_exclusive(run.path("run.yaml"), run_yaml.encode())
+                keep_asked(run.path("run.yaml"), run_yaml, run.path("resolved.json"), resolved, is_given=id is not None)
             except ConflictError:
                 continue
-            storage.write_bytes(run.path("resolved.json"), json.dumps(resolved, indent=2).encode())
             run._status.create()
             return run
         raise ConflictError(f"The run {id or name!r} exists already. Leave the id out, or give another.")
 
     @classmethod
     def open(cls, home: str, id_or_latest: str) -> Run:
-        """The run of this id; `latest` is the greatest id. NotFoundError names the nearest."""
-        return cls(home, one_of(home, id_or_latest))
+        """The run of this id; `latest` is the greatest id. NotFoundError names the nearest, or says that it was never begun."""
+        run = cls(home, one_of(home, id_or_latest))
+        check_begun(run.path("resolved.json"), f"Run {run.id}")
+        return run
 
     def path(self, *parts: str) -> str:
         """The URI of something in this run: `run.path("metrics")`."""
@@ -207,6 +208,28 @@ def one_of(home: str, id_or_latest: str, kind: str = "runs") -> str:
     one = kind.removesuffix("s")
     command = {"runs": "runs", "sweeps": "sweep"}[kind]
     raise NotFoundError(f"No {one} {id_or_latest!r} below {home}: {hint}. List them with `loray {command} list`.")
+
+
+def keep_asked(asked: str, text: str, became: str, resolved: dict[str, Any], *, is_given: bool) -> None:
+    """Write what was asked and then what it became, at these URIs. ConflictError: another has this id.
+
+    The second makes a run or a sweep. Where a creator was killed between the two, one to whom the same id was given begins anew.
+    """
+    try:
+        storage.create_exclusive(asked, text.encode())
+    except ConflictError:
+        if not is_given or storage.exists(became):
+            raise
+        storage.write_bytes(asked, text.encode())
+    storage.write_bytes(became, json.dumps(resolved, indent=2).encode())
+
+
+def check_begun(became: str, what: str) -> None:
+    """NotFoundError where `what` has not got so far that it can be gone on with."""
+    if not storage.exists(became):
+        raise NotFoundError(
+            f"{what} was never begun: its driver was killed while it wrote down what was asked. Start anew."
+        )
 
 
 def _next_time(ids: list[str], now: datetime) -> str:

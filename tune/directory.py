@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from service import storage
 from service.domain import RunState
 from service.errors import ConflictError, NotFoundError
-from service.runs import DRIVER_KILLED, RunStatus, check_id, ids_below, new_id, one_of
+from service.runs import DRIVER_KILLED, RunStatus, check_begun, check_id, ids_below, keep_asked, new_id, one_of
 from service.status import StatusFile
 from service.training.patience import Patience
 from tune.sweep_file import ResolvedSweep, sweep_from_json
@@ -76,15 +76,17 @@ class Sweep:
     def create(cls, home: str, name: str, resolved: ResolvedSweep, id: str | None = None) -> Sweep:
         """A new sweep in state `created`."""
         sweep = cls(home, check_id(id, "sweep") if id is not None else new_id(home, name, "sweeps"))
-        storage.create_exclusive(sweep.path("sweep.yaml"), resolved.text.encode())
-        sweep.set_resolved(resolved)
+        asked, became = sweep.path("sweep.yaml"), sweep.path("resolved.json")
+        keep_asked(asked, resolved.text, became, resolved.as_json(), is_given=id is not None)
         sweep._status.create()
         return sweep
 
     @classmethod
     def open(cls, home: str, id_or_latest: str) -> Sweep:
-        """The sweep of this id; `latest` is the greatest id. NotFoundError names the nearest."""
-        return cls(home, one_of(home, id_or_latest, "sweeps"))
+        """The sweep of this id; `latest` is the greatest id. NotFoundError names the nearest, or says that it was never begun."""
+        sweep = cls(home, one_of(home, id_or_latest, "sweeps"))
+        check_begun(sweep.path("resolved.json"), f"Sweep {sweep.id}")
+        return sweep
 
     def path(self, *parts: str) -> str:
         """The URI of something in this sweep."""

@@ -12,7 +12,7 @@ import pytest
 from jobs import train
 from service import status, storage
 from service.domain import RunState
-from service.errors import ConflictError
+from service.errors import ConflictError, NotFoundError
 from service.runs import Run
 from service.status import LOST_AFTER_S
 from service.training import driver
@@ -41,6 +41,18 @@ def being_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_there_is_nothing_to_go_on_with_at_first(tmp_path: Path) -> None:
     assert driver.reopen_if_begun(str(tmp_path), ID) is None
+
+
+def test_one_that_was_killed_while_it_was_written_down_is_begun_anew(tmp_path: Path) -> None:
+    half = Run(str(tmp_path), ID)
+    storage.write_bytes(half.path("run.yaml"), b"model: x\n")
+    assert driver.reopen_if_begun(half.home, ID) is None
+    with pytest.raises(NotFoundError, match=f"Run {ID} was never begun"):
+        driver.reopen(half.home, "latest")
+    run = Run.create(half.home, "tickets", "model: y\n", {"model": "y"}, id=ID)
+    assert (run.run_yaml(), run.resolved()) == ("model: y\n", {"model": "y"})
+    with pytest.raises(ConflictError, match="exists already"):
+        Run.create(half.home, "tickets", "", {}, id=ID)
 
 
 def test_a_driver_that_died_with_its_node_is_waited_for(run: Run) -> None:

@@ -12,7 +12,7 @@ import yaml
 from jobs import sweep as job
 from service import status, storage
 from service.domain import RunState
-from service.errors import ConfigError
+from service.errors import ConfigError, ConflictError, NotFoundError
 from service.status import LOST_AFTER_S
 from tests.unit.run_files import SMALL
 from tune.directory import Sweep
@@ -52,6 +52,25 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_the_first_attempt_begins_under_the_id(arguments: list[str], ran: list[dict[str, Any]]) -> None:
     assert job.main(arguments) == 0
     assert ran == [{"as": load_sweep(arguments[0]), "sweep_id": ID}]
+
+
+def test_one_that_was_killed_while_it_was_written_down_is_begun_anew(
+    arguments: list[str], begun: Sweep, ran: list[dict[str, Any]]
+) -> None:
+    resolved = begun.resolved()
+    storage.delete_tree(begun.path("resolved.json"))
+    storage.delete_tree(begun.path("status.json"))
+    assert job.main(arguments) == 0
+    assert ran == [{"as": resolved, "sweep_id": ID}]
+    with pytest.raises(NotFoundError, match=f"Sweep {ID} was never begun"):
+        Sweep.open(begun.home, ID)
+    assert (
+        Sweep.create(begun.home, "tickets", resolved, ID).resolved()
+        == Sweep.open(begun.home, ID).resolved()
+        == resolved
+    )
+    with pytest.raises(ConflictError):
+        Sweep.create(begun.home, "tickets", resolved, ID)
 
 
 def test_another_attempt_goes_on_with_the_sweep_as_it_was_begun(

@@ -12,7 +12,7 @@ from serve.http_errors import answer_to
 from serve.openai_answers import DONE, Answer, Usage, event
 from serve.openai_api import Ask
 from serve.parts import Counts, Part, Started
-from service.errors import ClusterError
+from service.errors import WorkerLostError
 
 
 async def completion(stream: Any, ask: Ask, answer: Answer, started: Started) -> dict[str, Any]:
@@ -81,6 +81,6 @@ def _usage(counts: Counts) -> Usage:
 
 def _check_whole(part: Part) -> None:
     if part.finish_reason == "cancelled":
-        raise ClusterError("the engine was stopped before the answer was complete. Send the request again.")
+        raise WorkerLostError("the engine was stopped before the answer was complete. Send the request again.")
     if part.finish_reason == "error":
         raise RuntimeError(part.error)

@@ -11,10 +11,11 @@ import asyncio
 import contextvars
 import logging
 import secrets
+import time
 import uuid
 from typing import Any
 
-from ray.exceptions import RayActorError, TaskCancelledError
+from ray.exceptions import OutOfMemoryError, RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from serve.openai_api import Ask
@@ -27,6 +28,8 @@ MAX_TRIES = 5  # replicas that say they have no stream, for one request
 SILENCE_S = 3 * IDLE_S  # a replica with requests is never silent for longer than IDLE_S: its node is gone
 LEAVING_S = 1.0  # Serve cancels the calls of a client that has left before it cancels who waits for them
 LAST_PARTS_S = 30.0  # between the end of a call and the last parts, on their way through the stream
+AVOIDED_S = 60.0  # a lost replica may stand in Serve's list until Serve has looked three times
+_DEATHS = (RayActorError, OutOfMemoryError)  # by the hand of Ray's memory monitor it is no RayActorError
 _LOST = "the engine's replica was lost while it answered. Send the request again."
 _log = logging.getLogger(__name__)
 
@@ -109,6 +112,7 @@ class EngineCalls:
         self._answering: dict[str, Answering] = {}
         self._streams: dict[str, _Stream] = {}  # by replica
         self._num_streams = 0
+        self._lost_at: dict[str, float] = {}  # replicas, by a monotonic clock
 
     async def ask(self, ask: Ask, target: Target, epoch: int) -> tuple[Answering, Started]:
         """Send a request to a replica. Raises what is wrong with it; parts come once it has started.
@@ -130,7 +134,9 @@ class EngineCalls:
         try:
             for _ in range(MAX_TRIES):
                 known = self._num_streams
-                call = self._handle.generate.remote(self._gateway, request, ask, target, epoch, replica)
+                call = self._handle.generate.remote(
+                    self._gateway, request, ask, target, epoch, replica, self._lately_lost()
+                )
                 answering.call = call
                 taken = await anext(call)
                 if taken.is_heard:
@@ -147,6 +153,8 @@ class EngineCalls:
             await asyncio.sleep(LEAVING_S)
             answering.fail(WorkerLostError("the engine gave the request up: it was not heard. Send it again."))
         except Exception as error:
+            if isinstance(error, _DEATHS) and answering.replica:
+                self._lost_at[answering.replica] = time.monotonic()
             answering.fail(_ours(error))
         finally:
             del self._answering[request]
@@ -185,10 +193,16 @@ class EngineCalls:
                 del self._streams[replica]
                 self._give_up(replica, reason)
 
+    def _lately_lost(self) -> frozenset[str]:
+        now = time.monotonic()
+        self._lost_at = {replica: at for replica, at in self._lost_at.items() if now < at + AVOIDED_S}
+        return frozenset(self._lost_at)
+
     def _give_up(self, replica: str, reason: str) -> None:
         """The replica is not heard any more: what it has not finished saying has failed."""
         lost = [one for one in self._answering.values() if one.replica == replica and not one.is_whole.is_set()]
         if lost:
+            self._lost_at[replica] = time.monotonic()
             _log.warning("%d requests are lost with the stream of replica %s: %s", len(lost), replica, reason)
         for answering in lost:
             answering.fail(WorkerLostError(_LOST))
@@ -201,7 +215,7 @@ def _ours(error: Exception) -> Exception:
         return BusyError("the endpoint is full: no more requests can wait. Send it again in a second.")
     if isinstance(error, DeploymentUnavailableError):
         return ClusterError("the engine is down or being replaced. Try again in some seconds.")
-    if isinstance(error, RayActorError):
+    if isinstance(error, _DEATHS):
         return WorkerLostError(_LOST)
     return error
 

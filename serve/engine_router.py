@@ -1,6 +1,7 @@
 """Ray Serve's router of the engine deployment: it lives in the gateway and sends each call to a replica.
 
-A stream goes to the replica that it names, a request that has found one tries it first (`engine_calls.py`). Others go
+A stream goes to the replica that it names, a request that has found one tries it first, and one that was lost with its last
+(`engine_calls.py`). Others go
 where `replica_choice.py` says, from what the replicas report (`EngineReplica.record_routing_stats`, once a second) and
 the queue lengths that Serve knows.
 """
@@ -48,10 +49,10 @@ class EngineRouter(RequestRouter):  # type: ignore[misc]
             return [[by_name[args[1]]] if args[1] in by_name else candidate_replicas]
         if pending_request.metadata.call_method != "generate" or len(by_name) == 1:
             return [candidate_replicas]
-        ask, target, wanted = args[2], args[3], args[5]
+        ask, target, wanted, lost = args[2], args[3], args[5], args[6]
         candidates = [self._candidate(name, replica) for name, replica in by_name.items()]
         names = ranked(candidates, None if target.is_base else target.digest, conversation_of(ask))
-        return [[by_name[name]] for name in sorted(names, key=lambda name: name != wanted)]
+        return [[by_name[name]] for name in sorted(names, key=lambda name: (name in lost, name != wanted))]
 
     def _candidate(self, name: str, replica: RunningReplica) -> Candidate:
         stats = replica.routing_stats  # empty until the first report

@@ -8,8 +8,6 @@ desired state (`desired.py`), answers made by the engine deployment (`replica.py
 # No `from __future__ import annotations`: ray_serve.ingress rebuilds these methods, and FastAPI must see real types.
 import asyncio
 import functools
-import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,27 +20,26 @@ from starlette.responses import JSONResponse, Response
 from serve import endpoint_state, http_body
 from serve.adapter_uris import AdapterUris
 from serve.api_keys import ApiKey
-from serve.chunks import Events, completion
 from serve.desired import Base, Desired, EndpointFiles, ReplicaReport, live
 from serve.engine_calls import EngineCalls
 from serve.http_errors import HANDLERS, status_of
 from serve.last_known import LastKnown
 from serve.metrics import Metrics
-from serve.openai_answers import Answer, models_body
+from serve.openai_answers import models_body
 from serve.openai_api import Ask, parse_chat, parse_text
 from serve.openai_fields import parse_object
 from serve.openapi import document
 from serve.registration import Registration, follow, from_uri, parse_wanted, register, registrable, withdrawn
+from serve.responder import Responder
 from serve.routing import Registered, Routes, Target, UnknownModelError, resolve
 from serve.splits import check_split_name, key_of, parse_split, resolved_arms, split_body, with_split, without_split
 from service.domain import ModelRef
-from service.errors import ClusterError, ModelError, NotFoundError, RequestError, WorkerLostError
+from service.errors import ClusterError, ModelError, NotFoundError, RequestError
 from service.registry import Registry
 
 ROUTES_AGE_S = 2.0  # they are read every second
 _WAIT_EVERY_S = 0.1
 _PARSED_HERE_BYTES = 65_536
-_log = logging.getLogger(__name__)
 # `ingress` copies this and the methods below as the module stands at that line: all they use is defined above or imported.
 http = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, exception_handlers=HANDLERS)
 
@@ -62,10 +59,10 @@ class Gateway:
     ) -> None:
         self._base, self._files, self._keys, self._uris = base, files, keys, uris
         self._registry = Registry(files.home)
-        self._engines = EngineCalls(engine)
         self._created = int(time.time())
         self._document = document(files.endpoint, with_keys=bool(keys))
         self._metrics = Metrics()
+        self._responder = Responder(EngineCalls(engine), self._metrics)
         self._routes = LastKnown(self._read_routes, "adapters")
         self._routes.follow()  # an alias that moves while nobody asks is loaded by the time somebody does
         self._reports = LastKnown(self._read_reports, "replicas")
@@ -114,36 +111,12 @@ class Gateway:
             # A large one was seen to take half a second, in which no other stream would get on.
             ask = parse(raw) if len(raw) <= _PARSED_HERE_BYTES else await asyncio.to_thread(parse, raw)
             headers = http_body.ignored(request, ask.ignored)
-            target, epoch = await self._target(ask.model, request.headers, ask.about)
-            if target.split is not None and not target.has_key:
-                self._metrics.keyless(target.split)
         except Exception as error:
             self._metrics.refused(status_of(error))
             raise
-        try:
-            return await self._answer(ask, target, epoch, since, headers)
-        except WorkerLostError as error:  # nothing has gone out to the client
-            _log.warning("a request is sent once more: %s", error)
-            return await self._answer(ask, target, epoch, since, headers)
-
-    async def _answer(self, ask: Ask, target: Target, epoch: int, since: float, headers: Mapping[str, str]) -> Response:
-        """The engine's answer: complete, or a stream that has begun. Raises what is wrong with the request, or WorkerLostError."""
-        try:
-            parts, started = await self._engines.ask(ask, target, epoch)
-        except WorkerLostError:
-            self._metrics.lost()
-            raise
-        except Exception as error:
-            self._metrics.refused(status_of(error))
-            raise
-        series = (started.model, target.split or "", target.arm or "")
-        stream = self._metrics.observed(parts, started, series, since, ask.n)
-        name = f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}"
-        answer = Answer(name, int(time.time()), started.model, started.digest, ask.is_chat, target.split, target.arm)
-        told = {**headers, **answer.headers()}
-        if ask.stream:
-            return Events(stream, ask, answer, started, told)
-        return JSONResponse(await completion(stream, ask, answer, started), headers=told)
+        return await self._responder.respond(
+            ask, lambda: self._target(ask.model, request.headers, ask.about), headers, since
+        )
 
     @http.get("/metrics")
     async def metrics(self, request: Request) -> Response:

@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 
 from serve.desired import ReplicaReport
 from serve.parts import Counts, Part, Started
+from service.errors import WorkerLostError
 
 MAX_SERIES = 200
 _LABELS = ("model", "split", "arm")
@@ -43,7 +44,7 @@ class Metrics:
         self._refused = Counter(
             "loray_refused_requests", "Requests refused before anybody answered.", ("status",), **made
         )
-        self._lost = Counter("loray_lost_requests", "Times that a replica was lost before a request began.", **made)
+        self._again = Counter("loray_requests_sent_again", "Requests of a lost replica, asked of another.", **made)
         self._running = Gauge("loray_requests_in_flight", "Requests being answered.", _LABELS, **made)
         self._first = Histogram("loray_time_to_first_token_seconds", "", _LABELS, buckets=_TTFT_S, **made)
         self._gaps = Histogram(
@@ -61,20 +62,22 @@ class Metrics:
         """A request was answered with an error before it had begun."""
         self._refused.labels(str(status)).inc()
 
-    def lost(self) -> None:
-        """A request's replica was lost before it had begun; it may have been sent once more."""
-        self._lost.inc()
+    def sent_again(self) -> None:
+        """A request's replica was lost before anything had gone out, and another is asked."""
+        self._again.inc()
 
     def now(self) -> float:
         """The clock, in seconds."""
         return self._clock()
 
-    def observed(self, stream: Any, started: Started, series: Series, since: float, n: int = 1) -> Observed:
-        """The stream of `n` answers to each prompt, counted as it passes."""
+    def observed(
+        self, stream: Any, started: Started, series: Series, since: float, n: int = 1, *, may_be_lost: bool = False
+    ) -> Observed:
+        """The stream of `n` answers to each prompt, counted as it passes. One that `may_be_lost` is no error then."""
         if series not in self._in_flight and len(self._in_flight) >= MAX_SERIES and not self._forget_one():
             series = OTHER
         self._in_flight[series] = self._in_flight.pop(series, 0) + 1
-        return Observed(self, stream, started, series, since, n)
+        return Observed(self, stream, started, series, since, n, may_be_lost=may_be_lost)
 
     def ended(self, series: Series) -> None:
         """One of the streams of this series has ended."""
@@ -99,8 +102,19 @@ class Metrics:
 class Observed:
     """A stream of parts that counts what passes. `cancel` is the stream's."""
 
-    def __init__(self, metrics: Metrics, stream: Any, started: Started, series: Series, since: float, n: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        stream: Any,
+        started: Started,
+        series: Series,
+        since: float,
+        n: int,
+        *,
+        may_be_lost: bool,
+    ) -> None:
         self._metrics, self._stream, self._series, self._since = metrics, stream, series, since
+        self._may_be_lost = may_be_lost
         self._open = True
         self._counts = Counts(started, n)
         metrics._running.labels(*series).inc()
@@ -128,8 +142,8 @@ class Observed:
                 if part.finish_reason in ("error", "cancelled"):
                     self._end(str(part.finish_reason))
                 yield part
-        except Exception:
-            self._end("error")
+        except Exception as error:
+            self._end("lost" if self._may_be_lost and isinstance(error, WorkerLostError) else "error")
             raise
         m._cached.labels(*series).inc(self._counts.num_cached_tokens)
         self._end("ok")

@@ -76,12 +76,19 @@ class EngineReplica:
             yield batch
 
     async def generate(
-        self, gateway: str, request: str, ask: Ask, target: Target, epoch: int, replica: str | None
+        self,
+        gateway: str,
+        request: str,
+        ask: Ask,
+        target: Target,
+        epoch: int,
+        replica: str | None,
+        lost: frozenset[str],
     ) -> AsyncIterator[Taken]:
         """`Taken`; ends when the request's last part is on the gateway's stream. Raises what is wrong with the request.
 
         A gateway that reads no stream of this replica opens one and asks again, for this `replica`: the router (see
-        `engine_router.py`) keeps to it if it can, nothing here depends on that.
+        `engine_router.py`) keeps to it if it can, and from `lost` ones if it can; nothing here depends on that.
         """
         outbox = self._outboxes.of(gateway)
         if outbox is None:

@@ -27,6 +27,7 @@ from service.status import RunStatus, StatusFile, next_state_allowed
 
 __all__ = ["Run", "RunStatus", "list_runs", "new_id", "next_state_allowed"]
 
+RESOLVED = "resolved.json"
 DRIVER_KILLED = "driver killed"  # `error` in the details of a run that failed; else the name of the error's class
 _ATTEMPTS = 100
 _ID = re.compile(r"(?P<time>\d{8}-\d{6})-.+-[0-9a-f]{4}")
@@ -58,7 +59,7 @@ class Run:
         for _ in range(_ATTEMPTS if id is None else 1):
             run = cls(home, check_id(id) if id is not None else new_id(home, name))
             try:
-                keep_asked(run.path("run.yaml"), run_yaml, run.path("resolved.json"), resolved, is_given=id is not None)
+                keep_asked(run.path("run.yaml"), run_yaml, run.path(RESOLVED), resolved, is_given=id is not None)
             except ConflictError:
                 continue
             run._status.create()
@@ -67,10 +68,8 @@ class Run:
 
     @classmethod
     def open(cls, home: str, id_or_latest: str) -> Run:
-        """The run of this id; `latest` is the greatest id. NotFoundError names the nearest, or says that it was never begun."""
-        run = cls(home, one_of(home, id_or_latest))
-        check_begun(run.path("resolved.json"), f"Run {run.id}")
-        return run
+        """The run of this id; `latest` is the newest that was begun. NotFoundError names the nearest."""
+        return cls(home, one_of(home, id_or_latest))
 
     def path(self, *parts: str) -> str:
         """The URI of something in this run: `run.path("metrics")`."""
@@ -97,11 +96,11 @@ class Run:
 
     def set_resolved(self, resolved: dict[str, Any]) -> None:
         """Keep the config that a resumed run goes on with: what is learnt is the same, how it is spread may differ."""
-        storage.write_bytes(self.path("resolved.json"), json.dumps(resolved, indent=2).encode())
+        storage.write_bytes(self.path(RESOLVED), json.dumps(resolved, indent=2).encode())
 
     def resolved(self) -> dict[str, Any]:
         """The resolved config of the newest attempt."""
-        content: dict[str, Any] = json.loads(storage.read_bytes(self.path("resolved.json")))
+        content: dict[str, Any] = json.loads(storage.read_bytes(self.path(RESOLVED)))
         return content
 
     def run_yaml(self) -> str:
@@ -197,15 +196,19 @@ def ids_below(home: str, kind: str = "runs") -> list[str]:
 
 
 def one_of(home: str, id_or_latest: str, kind: str = "runs") -> str:
-    """The id itself, for `latest` the greatest; NotFoundError names the nearest."""
-    ids = ids_below(home, kind)
-    if id_or_latest == "latest" and ids:
-        return ids[-1]
+    """The id itself, for `latest` the greatest that was begun; NotFoundError names the nearest."""
+    ids, one = ids_below(home, kind), kind.removesuffix("s")
+    if id_or_latest == "latest" and (newest := next((id for id in reversed(ids) if is_begun(home, id, kind)), None)):
+        return newest
     if id_or_latest in ids:
+        if not is_begun(home, id_or_latest, kind):
+            raise NotFoundError(
+                f"{one.capitalize()} {id_or_latest} was never begun: its driver is just writing down what was asked, or was killed "
+                "in it. Try again, or start anew."
+            )
         return id_or_latest
     nearest = difflib.get_close_matches(id_or_latest, ids, n=1, cutoff=0.3)
     hint = f"the nearest is {nearest[0]}" if nearest else f"{len(ids)} {kind} are there"
-    one = kind.removesuffix("s")
     command = {"runs": "runs", "sweeps": "sweep"}[kind]
     raise NotFoundError(f"No {one} {id_or_latest!r} below {home}: {hint}. List them with `loray {command} list`.")
 
@@ -213,7 +216,8 @@ def one_of(home: str, id_or_latest: str, kind: str = "runs") -> str:
 def keep_asked(asked: str, text: str, became: str, resolved: dict[str, Any], *, is_given: bool) -> None:
     """Write what was asked and then what it became, at these URIs. ConflictError: another has this id.
 
-    The second makes a run or a sweep. Where a creator was killed between the two, one to whom the same id was given begins anew.
+    Who writes the second owns the run or sweep. Where a creator was killed between the two, one to whom the same id was given
+    begins anew.
     """
     try:
         storage.create_exclusive(asked, text.encode())
@@ -221,15 +225,12 @@ def keep_asked(asked: str, text: str, became: str, resolved: dict[str, Any], *, 
         if not is_given or storage.exists(became):
             raise
         storage.write_bytes(asked, text.encode())
-    storage.write_bytes(became, json.dumps(resolved, indent=2).encode())
+    storage.create_exclusive(became, json.dumps(resolved, indent=2).encode())
 
 
-def check_begun(became: str, what: str) -> None:
-    """NotFoundError where `what` has not got so far that it can be gone on with."""
-    if not storage.exists(became):
-        raise NotFoundError(
-            f"{what} was never begun: its driver was killed while it wrote down what was asked. Start anew."
-        )
+def is_begun(home: str, id: str, kind: str = "runs") -> bool:
+    """Whether all is there that it can be gone on with."""
+    return storage.exists(storage.join(home, kind, id, RESOLVED))
 
 
 def _next_time(ids: list[str], now: datetime) -> str:

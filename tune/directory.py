@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from service import storage
 from service.domain import RunState
 from service.errors import ConflictError, NotFoundError
-from service.runs import DRIVER_KILLED, RunStatus, check_begun, check_id, ids_below, keep_asked, new_id, one_of
+from service.runs import DRIVER_KILLED, RESOLVED, RunStatus, check_id, ids_below, keep_asked, new_id, one_of
 from service.status import StatusFile
 from service.training.patience import Patience
 from tune.sweep_file import ResolvedSweep, sweep_from_json
@@ -76,17 +76,15 @@ class Sweep:
     def create(cls, home: str, name: str, resolved: ResolvedSweep, id: str | None = None) -> Sweep:
         """A new sweep in state `created`."""
         sweep = cls(home, check_id(id, "sweep") if id is not None else new_id(home, name, "sweeps"))
-        asked, became = sweep.path("sweep.yaml"), sweep.path("resolved.json")
+        asked, became = sweep.path("sweep.yaml"), sweep.path(RESOLVED)
         keep_asked(asked, resolved.text, became, resolved.as_json(), is_given=id is not None)
         sweep._status.create()
         return sweep
 
     @classmethod
     def open(cls, home: str, id_or_latest: str) -> Sweep:
-        """The sweep of this id; `latest` is the greatest id. NotFoundError names the nearest, or says that it was never begun."""
-        sweep = cls(home, one_of(home, id_or_latest, "sweeps"))
-        check_begun(sweep.path("resolved.json"), f"Sweep {sweep.id}")
-        return sweep
+        """The sweep of this id; `latest` is the newest that was begun. NotFoundError names the nearest."""
+        return cls(home, one_of(home, id_or_latest, "sweeps"))
 
     def path(self, *parts: str) -> str:
         """The URI of something in this sweep."""
@@ -94,11 +92,11 @@ class Sweep:
 
     def resolved(self) -> ResolvedSweep:
         """What it became."""
-        return sweep_from_json(json.loads(storage.read_bytes(self.path("resolved.json"))))
+        return sweep_from_json(json.loads(storage.read_bytes(self.path(RESOLVED))))
 
     def set_resolved(self, resolved: ResolvedSweep) -> None:
         """Keep what it goes on with."""
-        storage.write_bytes(self.path("resolved.json"), json.dumps(resolved.as_json(), indent=2).encode())
+        storage.write_bytes(self.path(RESOLVED), json.dumps(resolved.as_json(), indent=2).encode())
 
     def status(self) -> RunStatus:
         """Its state; `running` without a heartbeat for 60 s reads as `lost`."""

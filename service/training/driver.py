@@ -21,7 +21,7 @@ from service.config import LoraBlock, ResolvedRun, RunConfig, read_text
 from service.domain import Manifest, ModelRef, RunState
 from service.errors import ConflictError, LorayError, NotFoundError, StorageError, TrainingError
 from service.registry import ManifestDraft, Registry
-from service.runs import Run, check_id, list_runs
+from service.runs import Run, check_id, is_begun, list_runs
 from service.settings import Settings, scratch
 from service.status import beating, is_driven, this_process, told_apart
 from service.stop_signals import heard
@@ -167,7 +167,7 @@ def newest_run_of(home: str, run_file: str) -> str:
     """The id of the newest run made from this very run file. Raises NotFoundError."""
     text = read_text(run_file, "run file")
     for run in reversed(list_runs(home)):
-        if run.run_yaml() == text:
+        if run.run_yaml() == text and is_begun(home, run.id):
             return run.id
     raise NotFoundError(
         f"no run was made from {run_file} as it is now. List runs with `loray runs list`, resume by id."

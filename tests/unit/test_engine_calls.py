@@ -35,11 +35,13 @@ class Replica:
     def __init__(self, answer: Callable[[Say], Awaitable[None]], name: str = "one") -> None:
         self.name, self.outboxes, self.answer = name, Outboxes(), answer
         self.num_streams = 0
+        self.avoided: frozenset[str] = frozenset()
         self.cancelled = asyncio.Event()
 
     async def generate(
-        self, gateway: str, request: str, asked: Ask, target: Target, epoch: int, to: str | None
+        self, gateway: str, request: str, asked: Ask, target: Target, epoch: int, to: str | None, lost: frozenset[str]
     ) -> AsyncIterator[Taken]:
+        self.avoided = lost
         box = self.outboxes.of(gateway)
         if box is None:
             yield Taken(self.name, is_heard=False)
@@ -242,15 +244,27 @@ def test_requests_that_nobody_hears_any_more_fail_and_are_cancelled() -> None:
     run(test, for_ever)
 
 
-def test_a_replica_that_dies_is_told_from_what_is_wrong_with_a_request() -> None:
-    from ray.exceptions import ActorDiedError
+@pytest.mark.parametrize("death", ["ActorDiedError", "OutOfMemoryError"])
+def test_a_replica_that_dies_is_told_from_what_is_wrong_with_a_request_and_avoided(
+    death: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray.exceptions
+
+    from serve import engine_calls
 
     async def die(say: Say) -> None:
-        raise ActorDiedError
+        raise getattr(ray.exceptions, death)("killed") if death == "OutOfMemoryError" else ray.exceptions.ActorDiedError
 
     async def test(calls: Any, handle: Handle, replica: Replica) -> None:
         with pytest.raises(WorkerLostError, match="Send the request again"):
             await text_of(calls)
+        assert replica.avoided == frozenset()
+        replica.answer = counting
+        await text_of(calls)
+        assert replica.avoided == {"one"}
+        monkeypatch.setattr(engine_calls, "AVOIDED_S", 0.0)
+        await text_of(calls)
+        assert replica.avoided == frozenset(), "for a while only"
 
     run(test, die)
 

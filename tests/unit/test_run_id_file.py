@@ -48,7 +48,11 @@ def test_one_that_was_killed_while_it_was_written_down_is_begun_anew(tmp_path: P
     storage.write_bytes(half.path("run.yaml"), b"model: x\n")
     assert driver.reopen_if_begun(half.home, ID) is None
     with pytest.raises(NotFoundError, match=f"Run {ID} was never begun"):
-        driver.reopen(half.home, "latest")
+        driver.reopen(half.home, ID)
+    before = Run.create(half.home, "tickets", "model: x\n", {}, id="20250101-000000-tickets-0001")
+    assert driver.reopen(half.home, "latest") == before
+    (tmp_path / "run.yaml").write_text("model: x\n")
+    assert driver.newest_run_of(half.home, str(tmp_path / "run.yaml")) == before.id
     run = Run.create(half.home, "tickets", "model: y\n", {"model": "y"}, id=ID)
     assert (run.run_yaml(), run.resolved()) == ("model: y\n", {"model": "y"})
     with pytest.raises(ConflictError, match="exists already"):

@@ -119,6 +119,7 @@ def test_loray_train_with_an_address_submits_and_follows_the_log(place: Place) -
 
 
 @pytest.mark.long
+@pytest.mark.longer
 def test_a_submitted_run_that_was_stopped_goes_on_in_a_job_of_its_own(place: Place) -> None:
     long = ["--address", place.dashboard, "--set", "optim.epochs=2000"]
     place.loray("train", str(place.run_file), "-d", *long)

@@ -33,7 +33,7 @@ def test_a_run_under_zero1_has_the_losses_of_a_plain_loop(place: Place, base: Pa
     assert expected[-1] < 0.8 * expected[0]  # it learns, so equality is no coincidence of standing still
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", [pytest.param("zero2", marks=pytest.mark.longer), "zero3"])
 def test_full_fine_tuning_on_two_workers_has_the_losses_of_one_and_passes_the_gate(place: Place, strategy: str) -> None:
     overrides = ["method=full", "optim.lr=1e-3", "publish=null"]
     alone, job = small_runs.make_job(place.run_file, place.settings, [*overrides, "scale.workers=1"])
@@ -52,7 +52,7 @@ def stopped_in(run: Run, attempt: int) -> None:
     run.request_stop("enough for now")
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.longer)])
 def test_a_run_of_one_then_two_then_one_worker_draws_everything_once_to_the_same_losses(
     place: Place, strategy: str
 ) -> None:
